@@ -1,0 +1,61 @@
+"""Which backend a call takes, and why."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+BACKENDS = ("auto", "triton", "torch", "reference")
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter was asked for, which runs the kernels on the CPU, slowly."""
+    return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on", "yes", "y")
+
+
+# Found without importing it: a CPU user never pays for the import. A constant, so torch.compile folds it.
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+def _device_obstacle(kind: str, index: int | None) -> str | None:
+    if kind != "cuda":
+        return f"tensors on {kind!r} have no Triton backend here (TRITON_INTERPRET=1 runs it on the CPU)"
+    if torch.version.hip is not None:
+        return None
+    major, minor = torch.cuda.get_device_capability(index)
+    if major < 8:
+        return f"compute capability {major}.{minor} is below 8.0"
+    return None
+
+
+def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the Triton kernels cannot take a tensor of this device and dtype; None when they can."""
+    if not TRITON_INSTALLED:
+        return "triton is not installed"
+    if dtype not in KERNEL_DTYPES:
+        return f"the kernels take float32, bfloat16 and float16, not {dtype}"
+    if device.type == "cpu" and interpreted():
+        return None
+    return _device_obstacle(device.type, device.index)
+
+
+def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Resolve "auto": Triton on a GPU that it supports, PyTorch otherwise, always PyTorch for float64.
+
+    Raises: ValueError for an unknown name, RuntimeError when "triton" is asked for where it cannot run.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: unknown name {backend!r}; known: {', '.join(BACKENDS)}")
+    if backend in ("torch", "reference"):
+        return backend
+    if backend == "auto" and device.type == "cpu":
+        return "torch"
+    reason = obstacle(device, dtype)
+    if reason is None:
+        return "triton"
+    if backend == "triton":
+        raise RuntimeError(f'backend: "triton" cannot run here: {reason}')
+    return "torch"

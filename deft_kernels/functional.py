@@ -1,0 +1,413 @@
+"""The public calls: `deft_loss`, `row_statistics`, `gated_loss`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from . import arguments, backends, objectives, operators, reference
+from .objectives import Objective
+from .spec import Spec
+from .statistics import Field, RowStatistics
+
+RowLoss = Callable[[RowStatistics], Tensor]
+Reduction = Literal["mean", "sum", "none"]
+
+
+def _aligned(labels: Tensor, shift: bool, ignore_index: int) -> Tensor:
+    """Flat int64 labels; with `shift`, position t gets the label of t + 1 and the last one ignore_index."""
+    labels = labels.long()
+    if shift:
+        if labels.dim() == 0:
+            raise ValueError("shift: needs labels with a time dimension, got a scalar")
+        labels = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
+    return labels.reshape(-1)
+
+
+def _addressable(logits: Tensor) -> Tensor:
+    """The logits with a unit stride along the vocabulary and at most two row strides; a copy only if not."""
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        return logits.contiguous()
+    if logits.dim() <= 3:
+        return logits
+    leading = list(zip(logits.shape[:-1], logits.stride()[:-1], strict=True))
+    merged = 1
+    for (_, outer), (size, inner) in zip(leading, leading[1:], strict=False):
+        merged += outer != size * inner
+    return logits if merged <= 2 else logits.contiguous()
+
+
+def _transform(softcap: Any, temperature: Any) -> dict[str, float]:
+    cap = 0.0 if softcap is None else arguments.number("softcap", softcap, 0.0, above=True)
+    return {"softcap": cap, "temperature": arguments.number("temperature", temperature, 0.0, above=True)}
+
+
+def _statistics(rows: Tensor, shape: torch.Size) -> RowStatistics:
+    def field(index: Field) -> Tensor:
+        return rows[index].reshape(shape)
+
+    return RowStatistics(
+        field(Field.LOGP),
+        field(Field.LSE),
+        field(Field.COLLISION),
+        field(Field.ENTROPY),
+        field(Field.MAX_PROB),
+        field(Field.CORRECT) != 0,
+        field(Field.ALPHA),
+        field(Field.GATE),
+    )
+
+
+@overload
+def deft_loss(
+    logits: Tensor, labels: Tensor, *, return_stats: Literal[False] = False, **keywords: Any
+) -> Tensor: ...
+@overload
+def deft_loss(
+    logits: Tensor, labels: Tensor, *, return_stats: Literal[True], **keywords: Any
+) -> tuple[Tensor, RowStatistics]: ...
+def deft_loss(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    objective: str | Objective | RowLoss = "deft",
+    reduction: Reduction = "mean",
+    ignore_index: int = -100,
+    token_weight: Tensor | None = None,
+    weight: Tensor | None = None,
+    num_items: Tensor | float | None = None,
+    shift: bool = False,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    inplace: bool = False,
+    grad_in_forward: bool | None = None,
+    return_stats: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, RowStatistics]:
+    """Token loss with a trust gate; a drop-in for `torch.nn.functional.cross_entropy` on [..., V] logits.
+
+    With p = softmax(z), z = softcap tanh(logits / softcap) / temperature, and y the label of a row:
+
+        deft (default):  loss = (1 - p_y^alpha) / alpha,  alpha = sum_j p_j^2 held constant
+        gradient:        dloss/dz_j = p_y^alpha (p_j - [j = y])
+
+    Other objectives: module `objectives`. A row's full loss is
+
+        (1 - label_smoothing) w_y objective + label_smoothing / V sum_c w_c (lse - z_c) + z_loss lse^2
+
+    times its token weight; without smoothing, z-loss and weights that is the objective.
+
+    Args:
+        logits: [..., V], fp32, bf16, fp16 or fp64; any strides. -inf (masked vocabulary) is legal.
+        labels: [...], integer. Rows whose label is `ignore_index` count for nothing.
+        objective: a name, an `objectives.Objective`, or a function of differentiable `RowStatistics` that
+            returns each row's loss (see `row_statistics`).
+        reduction: "mean" divides the sum by the number of rows that are neither ignored nor dropped by a
+            band on p (with `weight`: by the sum of their w_y); "sum"; "none": [...], zero at ignored rows.
+        token_weight: [...], scales each row's loss and leaves the denominator; differentiable.
+        weight: [V], per class, as in `nn.CrossEntropyLoss`; z-loss is not weighted.
+        num_items: replaces the mean's denominator (gradient accumulation); a number or one-element tensor.
+        shift: align causal labels: position t is scored against labels[..., t + 1]. Pads the labels, never
+            slices the logits; the last position counts for nothing.
+        softcap, temperature: act on the logits before everything else; the gradient is by the logits given.
+        z_loss, label_smoothing: factors, see above.
+        inplace: the backward overwrites the logits with their gradient; a later use of them in autograd
+            raises. Saves one [N, V] tensor.
+        grad_in_forward: make the gradient in the forward, in the same visit to the logits. None: where it
+            pays (CPU, mean or sum). True needs "mean" or "sum", and an objective whose rows do not wait
+            for the batch; with `inplace` the forward itself overwrites the logits.
+        return_stats: also return the rows' `RowStatistics`, from the same pass, detached.
+        backend: "auto" takes the Triton kernels on a GPU they support, PyTorch elsewhere and for fp64;
+            "triton" raises where they cannot run; "torch"; "reference" is the slow oracle.
+
+    Returns: the loss in nats, fp32 (fp64 for fp64 logits): a scalar, or [...] with reduction="none"; with
+        return_stats the pair (loss, RowStatistics). With no row to count, a mean is 0, not NaN.
+    Raises: TypeError, ValueError for arguments that cannot be honoured, named in the message; IndexError for
+        a label outside [0, V) on the CPU. On a GPU such a row's loss is NaN and nothing out of bounds is
+        read; DEFT_KERNELS_VALIDATE=1 raises there too, at the price of a device synchronisation.
+    Memory: forward 1 read of the logits; backward 1 read and 1 write. Saved: the logits and 18 numbers a
+        row. Gradient in the forward: 1 read and 1 write in all, the gradient alive from the forward on.
+    Source: DEFT, arXiv:2602.11424.
+    """
+    arguments.check_logits(logits)
+    arguments.check_labels(labels, logits)
+    arguments.check_reduction(reduction)
+    arguments.check_ignore_index(ignore_index)
+    arguments.check_token_weight(token_weight, labels, logits)
+    arguments.check_class_weight(weight, logits)
+    arguments.check_num_items(num_items, reduction)
+    for name, flag in (("shift", shift), ("inplace", inplace), ("return_stats", return_stats)):
+        arguments.check_flag(name, flag)
+    if grad_in_forward is not None:
+        arguments.check_flag("grad_in_forward", grad_in_forward)
+    settings = _transform(softcap, temperature)
+    settings["z_loss"] = arguments.number("z_loss", z_loss, 0.0)
+    settings["label_smoothing"] = arguments.number("label_smoothing", label_smoothing, 0.0, 1.0)
+    chosen = backends.choose(backend, logits.device, logits.dtype)
+    shape, flat = labels.shape, _aligned(labels, shift, ignore_index)
+    weighting = _Weighting(reduction, token_weight, weight, num_items)
+
+    if callable(objective) and not isinstance(objective, Objective):
+        _refuse_for_function(inplace, grad_in_forward, settings["label_smoothing"], chosen)
+        stats = row_statistics(
+            logits,
+            flat.reshape(shape),
+            ignore_index=ignore_index,
+            softcap=softcap,
+            temperature=temperature,
+            backend=backend,
+        )
+        rows = _own_rows(objective, stats, weight, flat, settings["z_loss"])
+        valid = flat != ignore_index
+        loss = weighting.reduce(torch.where(valid, rows.reshape(-1), 0.0), valid, flat)
+        loss = loss.reshape(shape) if reduction == "none" else loss
+        detached = RowStatistics(*(None if s is None else s.detach() for s in stats))
+        return (loss, detached) if return_stats else loss
+
+    described = objectives.resolve(objective)
+    if chosen == "reference":
+        return _reference(logits, flat.reshape(shape), described, weighting, ignore_index, settings, return_stats)
+
+    if inplace:
+        arguments.check_inplace(logits)
+    spec = Spec(described, **settings, statistics=return_stats, inplace=inplace, backend=chosen)
+    logits = _addressable(logits)
+    differentiate = torch.is_grad_enabled() and logits.requires_grad
+    if differentiate and _in_forward(grad_in_forward, spec, weighting, logits):
+        loss, rows = _loss_with_gradient(logits, flat, weighting, ignore_index, spec)
+    else:
+        code, numbers = spec.encode()
+        row_losses, rows = operators.row_loss(logits, flat, weight, ignore_index, code, numbers)
+        loss = weighting.reduce(row_losses, rows[Field.KEPT] != 0, flat)
+        loss = loss.reshape(shape) if reduction == "none" else loss
+    return (loss, _statistics(rows, shape)) if return_stats else loss
+
+
+class _Weighting:
+    """How row losses become the loss: token weights, and the denominator of the mean."""
+
+    def __init__(
+        self,
+        reduction: str,
+        token_weight: Tensor | None,
+        class_weight: Tensor | None,
+        num_items: Tensor | float | None,
+    ):
+        self.reduction = reduction
+        self.token_weight = None if token_weight is None else token_weight.reshape(-1)
+        self.class_weight = class_weight
+        self.num_items = num_items
+
+    def denominator(self, kept: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor | float:
+        """Of a mean; 1 instead of 0, so that a batch without rows to count has loss 0."""
+        if self.reduction == "sum":
+            return 1.0
+        if self.num_items is not None:
+            return self.num_items
+        if self.class_weight is None:
+            return kept.sum().clamp(min=1).to(dtype)
+        vocabulary = self.class_weight.numel()
+        weights = self.class_weight.to(dtype)[labels.clamp(0, vocabulary - 1)]
+        total = torch.where(kept, weights, 0.0).sum()
+        return torch.where(total == 0, 1.0, total)
+
+    def reduce(self, rows: Tensor, kept: Tensor, labels: Tensor) -> Tensor:
+        if self.token_weight is not None:
+            rows = rows * self.token_weight.to(rows.dtype)
+        if self.reduction == "none":
+            return rows
+        total = rows.sum()
+        return total if self.reduction == "sum" else total / self.denominator(kept, labels, rows.dtype)
+
+    def row_scale(self, kept: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
+        """d loss / d row for a mean or a sum, [N]."""
+        scale = torch.ones(labels.shape, dtype=dtype, device=labels.device)
+        if self.token_weight is not None:
+            scale = scale * self.token_weight.to(dtype)
+        return scale / self.denominator(kept, labels, dtype)
+
+    @property
+    def differentiable(self) -> bool:
+        tensors = (self.token_weight, self.num_items)
+        return any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
+
+
+def _in_forward(wanted: bool | None, spec: Spec, weighting: _Weighting, logits: Tensor) -> bool:
+    """Whether the gradient is made in the forward; raises when that was asked for and cannot be."""
+    reason = None
+    if weighting.reduction == "none":
+        reason = 'each row\'s upstream is unknown with reduction="none"'
+    elif spec.objective.needs_batch:
+        reason = "cayley needs the batch's mean p first; pass objectives.cayley(mean_prob=...)"
+    elif spec.objective.has_band and weighting.reduction == "mean" and weighting.num_items is None:
+        reason = "a band on p leaves the mean's denominator unknown until every row is read; pass num_items"
+    elif weighting.differentiable:
+        reason = "token_weight and num_items that require a gradient need the rows' losses"
+    if wanted and reason is not None:
+        raise ValueError(f"grad_in_forward: {reason}")
+    if wanted is not None:
+        return wanted
+    return reason is None and logits.device.type == "cpu" and spec.backend == "torch" and not spec.inplace
+
+
+def _loss_with_gradient(
+    logits: Tensor, labels: Tensor, weighting: _Weighting, ignore_index: int, spec: Spec
+) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    scale = weighting.row_scale(labels != ignore_index, labels, dtype)
+    code, numbers = spec.encode()
+    args = (labels, scale, weighting.class_weight, ignore_index, code, numbers)
+    if spec.inplace:
+        return operators.InPlaceLoss.apply(logits, *args)
+    loss, rows, _ = operators.row_loss_with_gradient(logits, *args)
+    return loss, rows
+
+
+def _refuse_for_function(inplace: bool, in_forward: bool | None, smoothing: float, backend: str) -> None:
+    given = {"inplace": inplace, "grad_in_forward": bool(in_forward), "label_smoothing": smoothing > 0}
+    for name, value in given.items():
+        if value:
+            raise ValueError(f"{name}: not available with an objective that is a function of RowStatistics")
+    del backend
+
+
+def _own_rows(
+    objective: RowLoss, stats: RowStatistics, weight: Tensor | None, labels: Tensor, z_loss: float
+) -> Tensor:
+    rows = objective(stats)
+    if not isinstance(rows, Tensor) or rows.shape != stats.logp.shape:
+        got = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+        raise ValueError(f"objective: must return one loss a row, shape {tuple(stats.logp.shape)}, got {got}")
+    if weight is not None:
+        index = labels.clamp(0, weight.numel() - 1)
+        rows = rows * weight.to(rows.dtype)[index].reshape(rows.shape)
+    return rows + z_loss * stats.lse**2 if z_loss > 0 else rows
+
+
+def _reference(
+    logits: Tensor,
+    labels: Tensor,
+    objective: Objective,
+    weighting: _Weighting,
+    ignore_index: int,
+    settings: dict[str, float],
+    return_stats: bool,
+) -> Any:
+    operators.check_labels(labels.reshape(-1), logits.shape[-1], ignore_index)
+    loss, stats = reference.loss(
+        logits,
+        labels,
+        objective=objective,
+        reduction=weighting.reduction,
+        ignore_index=ignore_index,
+        token_weight=weighting.token_weight,
+        weight=weighting.class_weight,
+        num_items=weighting.num_items,
+        softcap=settings["softcap"] or None,
+        temperature=settings["temperature"],
+        z_loss=settings["z_loss"],
+        label_smoothing=settings["label_smoothing"],
+    )
+    return (loss, RowStatistics(**stats)) if return_stats else loss
+
+
+def row_statistics(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    shift: bool = False,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    backend: str = "auto",
+) -> RowStatistics:
+    """Differentiable statistics of each row: write an objective of your own in plain PyTorch over them.
+
+        logp = z_y - lse,  lse = ln sum e^z,  collision = sum p^2,  entropy = -sum p ln p,  max_prob = max p
+
+    The gradient of any differentiable L(logp, lse, S, H, max p) comes from one pass over the logits:
+
+        dL/dz_j = p_j (a + b p_j + c (z_j - lse)) - g [j = y],   b = 2 dL/dS,  c = -dL/dH,  g = -dL/dlogp,
+        a = dL/dlse + g - 2 S dL/dS - H dL/dH   (max p: shared evenly among tied maxima, as torch.amax does)
+
+        def focal(r):
+            return -(1 - r.logp.exp()) ** 2 * r.logp
+        loss = deft_loss(logits, labels, objective=focal)                # or
+        loss = focal(row_statistics(logits, labels)).mean()
+
+    Args: as in `deft_loss`.
+    Returns: `RowStatistics`, every tensor of the labels' shape, nats, fp32 (fp64 for fp64 logits); alpha and
+        gate are None, `correct` is bool. Ignored rows are 0 and pass no gradient.
+    Raises: as `deft_loss`.
+    Memory: forward 1 read of the logits; backward 1 read and 1 write. Saved: the logits and 18 numbers a row.
+    Source: docs/mathematics.md.
+    """
+    arguments.check_logits(logits)
+    arguments.check_labels(labels, logits)
+    arguments.check_ignore_index(ignore_index)
+    arguments.check_flag("shift", shift)
+    settings = _transform(softcap, temperature)
+    chosen = backends.choose(backend, logits.device, logits.dtype)
+    shape, flat = labels.shape, _aligned(labels, shift, ignore_index)
+    if chosen == "reference":
+        operators.check_labels(flat, logits.shape[-1], ignore_index)
+        valid = (flat != ignore_index).reshape(shape)
+        z = reference.transformed(logits, softcap, temperature).masked_fill(~valid.unsqueeze(-1), 0.0)
+        values = reference.statistics(z, flat.reshape(shape), ignore_index)
+        return RowStatistics(**{name: value.masked_fill(~valid, 0) for name, value in values.items()})
+    spec = Spec(objectives.of_statistics(), **settings, statistics=True, backend=chosen)
+    code, numbers = spec.encode()
+    *values, rows = operators.row_statistics(_addressable(logits), flat, ignore_index, code, numbers)
+    correct = rows[Field.CORRECT].reshape(shape) != 0
+    return RowStatistics(*(value.reshape(shape) for value in values), correct)
+
+
+def gated_loss(
+    logp: Tensor,
+    log_collision: Tensor | None = None,
+    *,
+    entropy: Tensor | None = None,
+    max_prob: Tensor | None = None,
+    objective: str | Objective = "deft",
+    valid: Tensor | None = None,
+) -> Tensor:
+    """The row formula alone, for stacks that already have the statistics; no kernel, any device.
+
+        deft:  loss = (1 - p^alpha) / alpha,  alpha = exp(log_collision) = sum p^2,  dloss/dlogp = -p^alpha
+
+    Args:
+        logp: [...], log-probability of the target, nats.
+        log_collision: [...], ln sum p^2 = -H_2; needed by "deft" and rational("collision").
+        entropy: [...], Shannon entropy in nats; needed by deft(order=1) and "eaft".
+        max_prob: [...], max p; needed by deft(order=inf).
+        objective: a name or an Objective.
+        valid: [...], bool; the rows over which `cayley` takes its mean p, and the rows that are not zero.
+    Returns: [...], each row's loss in the dtype of logp (fp32 for fp16 and bf16); rows outside a band on p,
+        or not `valid`, are 0. Differentiable in logp, and through the gate in the statistics when the
+        objective has detach=False.
+    Raises: ValueError when the objective needs a statistic that is not given, or shapes differ.
+    Source: arXiv:2602.11424.
+    """
+    from .formula_autograd import RowFormula
+
+    described = objectives.resolve(objective)
+    given = {"log_collision": log_collision, "entropy": entropy, "max_prob": max_prob}
+    needed = {"collision": "log_collision", "shannon": "entropy", "entropy": "entropy", "max_prob": "max_prob"}
+    name = needed.get(described.focus)
+    if name is not None and given[name] is None:
+        raise ValueError(f"{name}: needed by objective {described.name!r} with focus {described.focus!r}")
+    if not isinstance(logp, Tensor) or not logp.is_floating_point():
+        raise TypeError("logp: expected a floating Tensor")
+    for key, tensor in (*given.items(), ("valid", valid)):
+        if tensor is not None and tensor.shape != logp.shape:
+            raise ValueError(f"{key}: expected the shape of logp {tuple(logp.shape)}, got {tuple(tensor.shape)}")
+    dtype = torch.float64 if logp.dtype == torch.float64 else torch.float32
+    collision = None if log_collision is None else log_collision.to(dtype).exp()
+    others = (None if s is None else s.to(dtype) for s in (entropy, max_prob))
+    mask = torch.ones_like(logp, dtype=torch.bool) if valid is None else valid.bool()
+    return RowFormula.apply(logp.to(dtype), collision, *others, mask, described)

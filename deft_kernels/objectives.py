@@ -1,0 +1,259 @@
+"""The objectives: one row of the table is one frozen description, read by every backend.
+
+Every objective is a function of a row's statistics: `logp`, the log-probability of the target; the
+collision probability S = sum p^2 = exp(-H_2); the Shannon entropy H; the largest probability max p. All
+logarithms are natural, so entropies are in nats. `p` is exp(logp); `alpha` is the focus index, the
+exponent of the trust gate; the gate is what multiplies the cross-entropy error (p - onehot).
+
+    name            loss                       gate            alpha or weight
+    nll             -logp                      1               alpha = 0
+    neg_prob        1 - p                      p               alpha = 1
+    tsallis(alpha)  (1 - p^alpha) / alpha      p^alpha         fixed; q = 1 - alpha
+    deft(order)     (1 - p^alpha) / alpha      p^alpha         alpha = exp(-H_order), order 2, 1 or inf
+    cayley          (1 - p^alpha) / alpha      p^alpha         alpha from p and the batch's mean p
+    rational(alpha) -logp / (1 - alpha logp)   (1-alpha logp)^-2   fixed, or "collision"
+    dft             w (-logp)                  w = p
+    eaft            w (-logp)                  w = (H / ln top_k)^power
+
+Sources: DEFT, Cayley and the deformed-log family: arXiv:2602.11424; -p, thresholds: arXiv:2510.00526;
+DFT: arXiv:2508.05629; EAFT: arXiv:2601.02151; Tsallis q-logarithm: doi:10.1007/BF01016429.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+Focus = Literal[
+    "fixed", "collision", "shannon", "max_prob", "cayley", "prob", "entropy", "statistics", "statistics+max"
+]
+Family = Literal["deformed", "rational", "weighted", "none"]
+
+@dataclass(frozen=True)
+class Objective:
+    """Description of an objective; build one with the functions of this module.
+
+    name: for display; the rest decides.
+    family: how a row's loss follows from (logp, focus): "deformed" is the Tsallis logarithm, "rational" the
+        log(x)/(1+(q-1)log(x)) form, "weighted" a weight on -logp.
+    focus: where the focus index (or the weight) comes from.
+    detach: hold the gate constant (the paper's choice); False differentiates through it exactly.
+    low, high: rows with p outside [low, high] are dropped: zero loss, zero gradient, not counted by a mean.
+    mean_prob: `cayley` only: the batch's mean p, when it is known; None computes it from the batch.
+    """
+
+    name: str
+    family: Family
+    focus: Focus
+    alpha: float = 0.0
+    eps: float = 0.0
+    power: float = 1.0
+    top_k: float = 20.0
+    detach: bool = True
+    low: float = 0.0
+    high: float = 1.0
+    mean_prob: float | None = None
+
+    @property
+    def needs_entropy(self) -> bool:
+        return self.focus in ("shannon", "entropy", "statistics", "statistics+max")
+
+    @property
+    def needs_max(self) -> bool:
+        return self.focus in ("max_prob", "statistics+max")
+
+    @property
+    def needs_batch(self) -> bool:
+        """Whether a row's loss depends on the other rows (the Cayley floor)."""
+        return self.focus == "cayley" and self.mean_prob is None
+
+    @property
+    def has_band(self) -> bool:
+        return self.low > 0.0 or self.high < 1.0
+
+    def within(self, keep: str | tuple[float, float]) -> Objective:
+        """The same objective, restricted to rows whose target probability lies in a band.
+
+        keep: "p>=0.1", "p<=0.5", "0.1<=p<=0.5", or (low, high). Both ends belong to the band.
+        Source: the Only-Top-P and Only-Bottom-P baselines of arXiv:2510.00526.
+        Raises: ValueError for a text that is no band, or bounds that are not 0 <= low <= high <= 1.
+        """
+        low, high = _parse_band(keep)
+        return replace(self, low=low, high=high)
+
+
+def _parse_band(keep: str | tuple[float, float]) -> tuple[float, float]:
+    low, high = 0.0, 1.0
+    if isinstance(keep, str):
+        number = r"([0-9.]+(?:[eE][-+]?\d+)?)"
+        text = keep.replace(" ", "")
+        above, below = re.fullmatch(rf"p>={number}", text), re.fullmatch(rf"p<={number}", text)
+        both = re.fullmatch(rf"{number}<=p<={number}", text)
+        try:
+            if above:
+                low = float(above[1])
+            elif below:
+                high = float(below[1])
+            elif both:
+                low, high = float(both[1]), float(both[2])
+            else:
+                raise ValueError
+        except ValueError:
+            raise ValueError(
+                f"keep: {keep!r} is not a band; accepted: 'p>=A', 'p<=B', 'A<=p<=B' or (A, B)"
+            ) from None
+    else:
+        try:
+            low, high = (float(bound) for bound in keep)
+        except (TypeError, ValueError):
+            raise ValueError(f"keep: {keep!r} is not a band; accepted: 'p>=A' or a pair (A, B)") from None
+    if not 0.0 <= low <= high <= 1.0:
+        raise ValueError(f"keep: bounds must satisfy 0 <= low <= high <= 1, got ({low}, {high})")
+    return low, high
+
+
+def _number(name: str, value: Any, low: float, high: float = math.inf, *, open_low: bool = False) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    value = float(value)
+    inside = (value > low if open_low else value >= low) and value <= high and math.isfinite(value)
+    if not inside:
+        bracket = "(" if open_low else "["
+        raise ValueError(f"{name}: expected a finite number in {bracket}{low}, {high}], got {value}")
+    return value
+
+
+def nll() -> Objective:
+    """Cross-entropy: loss = -logp, gate 1."""
+    return Objective("nll", "deformed", "fixed", alpha=0.0)
+
+
+def neg_prob() -> Objective:
+    """loss = 1 - p, gate p; the "-p" objective of arXiv:2510.00526, shifted by 1 to be non-negative."""
+    return Objective("neg_prob", "deformed", "fixed", alpha=1.0)
+
+
+def tsallis(alpha: float | None = None, *, q: float | None = None) -> Objective:
+    """loss = (1 - p^alpha) / alpha = -ln_q(p) with q = 1 - alpha, gate p^alpha.
+
+    alpha: any finite number; 0 is `nll`, 1 is `neg_prob`. Give alpha or q, not both. What the authors'
+    trainer calls GeneralFamily-q is tsallis(alpha=q).
+    Raises: ValueError when both or neither are given, or alpha is negative.
+    """
+    if (alpha is None) == (q is None):
+        raise ValueError("tsallis: give exactly one of alpha and q (q = 1 - alpha)")
+    value = _number("alpha", alpha, 0.0) if alpha is not None else 1.0 - _number("q", q, -math.inf, 1.0)
+    return Objective("tsallis", "deformed", "fixed", alpha=value)
+
+
+def deft(order: float = 2, *, detach: bool = True, eps: float = 0.0) -> Objective:
+    """loss = (1 - p^alpha) / (alpha + eps), alpha = exp(-H_order), H_order the Renyi entropy of the row.
+
+    order: 2 (default): alpha = sum p^2; 1: alpha = exp(-H), Shannon; math.inf: alpha = max p.
+    detach: hold alpha constant (the paper's choice). False: exact gradient, alpha differentiated too.
+    eps: 0 is exact; 1e-6 is what the authors' trainer adds to the denominator, which damps loss and
+        gradient by alpha / (alpha + eps): 13 % for a uniform row at V = 151,936.
+    Source: arXiv:2602.11424. Raises: ValueError for another order.
+    """
+    foci: dict[float, Focus] = {2.0: "collision", 1.0: "shannon", math.inf: "max_prob"}
+    if isinstance(order, bool) or not isinstance(order, (int, float)) or float(order) not in foci:
+        raise ValueError(f"order: expected 1, 2 or math.inf, got {order!r}")
+    eps = _number("eps", eps, 0.0)
+    return Objective("deft", "deformed", foci[float(order)], detach=_flag("detach", detach), eps=eps)
+
+
+def cayley(*, detach: bool = True, eps: float = 0.0, mean_prob: float | None = None) -> Objective:
+    """loss = (1 - p^alpha) / (alpha + eps), alpha on the Cayley focus trajectory.
+
+    With the uncertainty radius r = 1 - p: alpha_local = (1 - r)/(1 + r) = p/(2 - p); floor = mean_prob / 2;
+    alpha = floor + (1 - floor) alpha_local, clamped to [0.001, 1].
+
+    mean_prob: mean of p over the rows that are not ignored; None computes it from the batch, which costs no
+        extra read of the logits but makes a row's loss depend on its batch. It is always held constant.
+    detach: False differentiates through alpha_local (the floor stays constant).
+    eps: 1e-8 is what the authors' trainer adds: to r, to 1 + r and to alpha.
+    Source: arXiv:2602.11424.
+    """
+    if mean_prob is not None:
+        mean_prob = _number("mean_prob", mean_prob, 0.0, 1.0)
+    eps = _number("eps", eps, 0.0)
+    flag = _flag("detach", detach)
+    return Objective("cayley", "deformed", "cayley", detach=flag, eps=eps, mean_prob=mean_prob)
+
+
+def rational(alpha: float | str = "collision", *, detach: bool = True) -> Objective:
+    """loss = -logp / (1 - alpha logp), gate (1 - alpha logp)^-2: log(x) / (1 + (q-1) log(x)), q = 1 - alpha.
+
+    alpha: a number >= 0, or "collision" for alpha = sum p^2 (then `detach` as in `deft`).
+    """
+    flag = _flag("detach", detach)
+    if isinstance(alpha, str):
+        if alpha != "collision":
+            raise ValueError(f"alpha: expected a number or 'collision', got {alpha!r}")
+        return Objective("rational", "rational", "collision", detach=flag)
+    return Objective("rational", "rational", "fixed", alpha=_number("alpha", alpha, 0.0), detach=flag)
+
+
+def dft(*, detach: bool = True) -> Objective:
+    """loss = p (-logp), the weight p held constant: the gradient of `neg_prob`, another loss value.
+
+    A target of probability 0 has loss 0, the limit. Source: arXiv:2508.05629.
+    """
+    return Objective("dft", "weighted", "prob", alpha=1.0, detach=_flag("detach", detach))
+
+
+def eaft(power: float = 1.0, *, top_k: float = 20, detach: bool = True) -> Objective:
+    """loss = w (-logp), w = (H / ln top_k)^power held constant, H the row's Shannon entropy in nats.
+
+    H is exact over the whole vocabulary, where the public implementations use the top 20 logits and divide
+    by ln 20 (LLaMA-Factory: by 3, which is ln 20 rounded: top_k=math.exp(3)). Source: arXiv:2601.02151.
+    """
+    power = _number("power", power, 0.0, open_low=True)
+    top_k = _number("top_k", top_k, 1.0, open_low=True)
+    return Objective("eaft", "weighted", "entropy", power=power, top_k=top_k, detach=_flag("detach", detach))
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
+    return value
+
+
+def of_statistics(with_max: bool = True) -> Objective:
+    """No loss at all: the row statistics themselves, each differentiable (`row_statistics`)."""
+    return Objective("statistics", "none", "statistics+max" if with_max else "statistics", detach=False)
+
+
+TABLE: dict[str, Callable[..., Objective]] = {
+    "nll": nll,
+    "neg_prob": neg_prob,
+    "-p": neg_prob,
+    "tsallis": tsallis,
+    "deft": deft,
+    "cayley": cayley,
+    "rational": rational,
+    "dft": dft,
+    "eaft": eaft,
+}
+
+
+def resolve(objective: str | Objective) -> Objective:
+    """The description behind a name; a description passes through.
+
+    Raises: ValueError for an unknown name, TypeError for another type.
+    """
+    if isinstance(objective, Objective):
+        return objective
+    if not isinstance(objective, str):
+        raise TypeError(
+            f"objective: expected a name, an Objective or a function of RowStatistics, "
+            f"got {type(objective).__name__}"
+        )
+    if objective not in TABLE:
+        raise ValueError(f"objective: unknown name {objective!r}; known: {', '.join(sorted(TABLE))}")
+    if objective == "tsallis":
+        raise ValueError("objective: 'tsallis' needs its alpha: pass objectives.tsallis(alpha)")
+    return TABLE[objective]()

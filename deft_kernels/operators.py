@@ -1,0 +1,311 @@
+"""The operators of the package, registered with torch.library, and their hand-written backward.
+
+Registered operators rather than `torch.autograd.Function` because torch.compile then needs no graph break
+and opcheck can hold the schema, the shape functions and the autograd rule to their word. Settings travel as
+(code, numbers), see `spec`. Labels are flat, int64, [N]; logits [..., V] keep their shape and strides.
+"""
+
+import os
+from dataclasses import replace
+from typing import Any, List, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from . import blocked, objectives
+from .rows import gradient_fields
+from .spec import Spec, decode
+from .statistics import Field
+
+# torch.library infers an operator's schema from annotations, so they are spelled with `typing` here.
+
+
+def _implementation(spec: Spec) -> Any:
+    if spec.backend == "triton":
+        from .kernels import launch
+
+        return launch
+    return blocked
+
+
+def _rows_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
+    """IndexError for a label outside [0, V), where the host can see it without waiting for a device."""
+    if labels.device.type != "cpu" and os.environ.get("DEFT_KERNELS_VALIDATE", "0") != "1":
+        return
+    wrong = ((labels < 0) | (labels >= vocabulary)) & (labels != ignore_index)
+    if bool(wrong.any()):
+        position = int(wrong.nonzero()[0])
+        raise IndexError(
+            f"labels: {int(labels[position])} at flat position {position} is outside [0, {vocabulary}) "
+            f"and is not ignore_index ({ignore_index})"
+        )
+
+
+@torch.library.custom_op("deft_kernels::row_loss", mutates_args=())
+def row_loss(
+    logits: Tensor,
+    labels: Tensor,
+    class_weight: Optional[Tensor],
+    ignore_index: int,
+    code: str,
+    numbers: List[float],
+) -> Tuple[Tensor, Tensor]:
+    """(loss [N], rows [len(Field), N]) of every row."""
+    spec = decode(code, numbers)
+    check_labels(labels, logits.shape[-1], ignore_index)
+    return _implementation(spec).row_loss(logits, labels, class_weight, ignore_index, spec)
+
+
+@row_loss.register_fake
+def _(logits, labels, class_weight, ignore_index, code, numbers):
+    dtype, count = _rows_dtype(logits), labels.shape[0]
+    return logits.new_empty(count, dtype=dtype), logits.new_empty((len(Field), count), dtype=dtype)
+
+
+@torch.library.custom_op("deft_kernels::row_loss_with_gradient", mutates_args=())
+def row_loss_with_gradient(
+    logits: Tensor,
+    labels: Tensor,
+    row_scale: Tensor,
+    class_weight: Optional[Tensor],
+    ignore_index: int,
+    code: str,
+    numbers: List[float],
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """(sum_i row_scale_i loss_i, rows, its gradient by the logits), in one visit to the logits."""
+    spec = decode(code, numbers)
+    check_labels(labels, logits.shape[-1], ignore_index)
+    dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    loss, rows = _implementation(spec).row_loss_with_gradient(
+        logits, labels, row_scale, class_weight, ignore_index, spec, dlogits
+    )
+    return (loss * row_scale).sum(), rows, dlogits
+
+
+@row_loss_with_gradient.register_fake
+def _(logits, labels, row_scale, class_weight, ignore_index, code, numbers):
+    dtype, count = _rows_dtype(logits), labels.shape[0]
+    rows = logits.new_empty((len(Field), count), dtype=dtype)
+    return logits.new_empty((), dtype=dtype), rows, logits.new_empty(logits.shape)
+
+
+@torch.library.custom_op("deft_kernels::row_loss_with_gradient_", mutates_args=("logits",))
+def row_loss_with_gradient_(
+    logits: Tensor,
+    labels: Tensor,
+    row_scale: Tensor,
+    class_weight: Optional[Tensor],
+    ignore_index: int,
+    code: str,
+    numbers: List[float],
+) -> Tuple[Tensor, Tensor]:
+    """`row_loss_with_gradient` that leaves the gradient in the logits' storage."""
+    spec = decode(code, numbers)
+    check_labels(labels, logits.shape[-1], ignore_index)
+    loss, rows = _implementation(spec).row_loss_with_gradient(
+        logits, labels, row_scale, class_weight, ignore_index, spec, logits
+    )
+    return (loss * row_scale).sum(), rows
+
+
+@row_loss_with_gradient_.register_fake
+def _(logits, labels, row_scale, class_weight, ignore_index, code, numbers):
+    dtype, count = _rows_dtype(logits), labels.shape[0]
+    return logits.new_empty((), dtype=dtype), logits.new_empty((len(Field), count), dtype=dtype)
+
+
+@torch.library.custom_op("deft_kernels::logits_gradient", mutates_args=())
+def logits_gradient(
+    logits: Tensor,
+    labels: Tensor,
+    class_weight: Optional[Tensor],
+    rows: Tensor,
+    dloss: Tensor,
+    code: str,
+    numbers: List[float],
+) -> Tensor:
+    """Gradient by the logits for an upstream `dloss` [N], in the logits' dtype, contiguous."""
+    spec = decode(code, numbers)
+    dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    _implementation(spec).gradient(logits, labels, class_weight, rows, dloss, spec, dlogits)
+    return dlogits
+
+
+@logits_gradient.register_fake
+def _(logits, labels, class_weight, rows, dloss, code, numbers):
+    return logits.new_empty(logits.shape)
+
+
+@torch.library.custom_op("deft_kernels::logits_gradient_", mutates_args=("logits",))
+def logits_gradient_(
+    logits: Tensor,
+    labels: Tensor,
+    class_weight: Optional[Tensor],
+    rows: Tensor,
+    dloss: Tensor,
+    code: str,
+    numbers: List[float],
+) -> None:
+    """`logits_gradient` that overwrites the logits with it."""
+    spec = decode(code, numbers)
+    _implementation(spec).gradient(logits, labels, class_weight, rows, dloss, spec, logits)
+
+
+@torch.library.custom_op("deft_kernels::match_upstream_", mutates_args=("dlogits",))
+def match_upstream_(
+    dlogits: Tensor,
+    upstream: Tensor,
+    logits: Optional[Tensor],
+    labels: Tensor,
+    row_scale: Tensor,
+    class_weight: Optional[Tensor],
+    rows: Tensor,
+    code: str,
+    numbers: List[float],
+) -> None:
+    """Turn a gradient made in the forward, for an upstream of 1, into the one for a scalar `upstream`.
+
+    Nothing is done when it is 1. With the logits at hand the gradient is computed anew where scaling would
+    round a second time; without them (they were overwritten) it is scaled.
+    """
+    spec = decode(code, numbers)
+    _implementation(spec).match_upstream(
+        dlogits, upstream, logits, labels, row_scale, class_weight, rows, spec
+    )
+
+
+@torch.library.custom_op("deft_kernels::row_statistics", mutates_args=())
+def row_statistics(
+    logits: Tensor, labels: Tensor, ignore_index: int, code: str, numbers: List[float]
+) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logp, lse, collision, entropy, max_prob), each [N], and rows; differentiable in the first five."""
+    spec = decode(code, numbers)
+    check_labels(labels, logits.shape[-1], ignore_index)
+    _, rows = _implementation(spec).row_loss(logits, labels, None, ignore_index, spec)
+    picked = (Field.LOGP, Field.LSE, Field.COLLISION, Field.ENTROPY, Field.MAX_PROB)
+    logp, lse, collision, entropy, max_prob = (rows[field].clone() for field in picked)
+    return logp, lse, collision, entropy, max_prob, rows
+
+
+@row_statistics.register_fake
+def _(logits, labels, ignore_index, code, numbers):
+    dtype, count = _rows_dtype(logits), labels.shape[0]
+    vectors = (logits.new_empty(count, dtype=dtype) for _ in range(5))
+    return (*vectors, logits.new_empty((len(Field), count), dtype=dtype))
+
+
+def scalar_upstream(ctx: Any, upstream: Tensor) -> Tensor:
+    """The gradient that the forward left on `ctx`, for this upstream; computed anew if it was given away."""
+    logits, labels, row_scale, class_weight, rows = ctx.saved_tensors
+    # Handing out the one reference lets autograd keep the tensor as .grad without a copy.
+    dlogits, ctx.dlogits = ctx.dlogits, None
+    if dlogits is None:
+        upstream_rows = (upstream * row_scale).to(rows.dtype)
+        return logits_gradient(logits, labels, class_weight, rows, upstream_rows, ctx.code, ctx.numbers)
+    args = (upstream, logits, labels, row_scale, class_weight, rows, ctx.code, ctx.numbers)
+    match_upstream_(dlogits, *args)
+    return dlogits
+
+
+def _no_double_backward(ctx: Any, *grads: Any) -> None:
+    raise RuntimeError(
+        "deft_kernels: the backward is not differentiable a second time (create_graph=True); "
+        'use backend="reference" for second derivatives'
+    )
+
+
+def _save_nothing(ctx: Any, inputs: Any, output: Any) -> None:
+    pass
+
+
+def _setup_row_loss(ctx: Any, inputs: Any, output: Any) -> None:
+    logits, labels, class_weight, _, ctx.code, ctx.numbers = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(logits, labels, class_weight, output[1])
+
+
+def _row_loss_backward(ctx: Any, dloss: Tensor, _: Any) -> Any:
+    logits, labels, class_weight, rows = ctx.saved_tensors
+    args = (labels, class_weight, rows, dloss, ctx.code, ctx.numbers)
+    if decode(ctx.code, ctx.numbers).inplace:
+        # detach shares storage and version counter: a later use of the logits raises.
+        overwritten = logits.detach()
+        logits_gradient_(overwritten, *args)
+        return overwritten, None, None, None, None, None
+    return logits_gradient(logits, *args), None, None, None, None, None
+
+
+def _setup_with_gradient(ctx: Any, inputs: Any, output: Any) -> None:
+    logits, labels, row_scale, class_weight, _, ctx.code, ctx.numbers = inputs
+    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.save_for_backward(logits, labels, row_scale, class_weight, output[1])
+    ctx.dlogits = output[2]
+
+
+def _with_gradient_backward(ctx: Any, dtotal: Tensor, *_: Any) -> Any:
+    return scalar_upstream(ctx, dtotal), None, None, None, None, None, None
+
+
+def _setup_statistics(ctx: Any, inputs: Any, output: Any) -> None:
+    logits, labels, _, ctx.code, ctx.numbers = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[5])
+    ctx.save_for_backward(logits, labels, output[5])
+
+
+def _statistics_backward(ctx: Any, *upstream: Any) -> Any:
+    logits, labels, rows = ctx.saved_tensors
+    spec = decode(ctx.code, ctx.numbers)
+    d_logp, d_lse, d_collision, d_entropy, d_max_prob, _ = upstream
+    if all(d is None for d in upstream):
+        return None, None, None, None, None
+    rows = gradient_fields(rows, d_logp, d_lse, d_collision, d_entropy, d_max_prob, spec.temperature)
+    code, numbers = replace(spec, objective=objectives.of_statistics(d_max_prob is not None)).encode()
+    dlogits = logits_gradient(logits, labels, None, rows, torch.ones_like(rows[0]), code, numbers)
+    return dlogits, None, None, None, None
+
+
+row_loss.register_autograd(_row_loss_backward, setup_context=_setup_row_loss)
+row_loss_with_gradient.register_autograd(_with_gradient_backward, setup_context=_setup_with_gradient)
+row_statistics.register_autograd(_statistics_backward, setup_context=_setup_statistics)
+logits_gradient.register_autograd(_no_double_backward, setup_context=_save_nothing)
+
+
+class InPlaceLoss(torch.autograd.Function):
+    """Loss whose forward leaves the gradient in the logits' storage; the version counter moves with it.
+
+    An operator cannot return a tensor that it mutates, so this one wraps the mutating operator.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        labels: Tensor,
+        row_scale: Tensor,
+        class_weight: Optional[Tensor],
+        ignore_index: int,
+        code: str,
+        numbers: List[float],
+    ) -> Tuple[Tensor, Tensor]:
+        overwritten = logits.detach()
+        args = (labels, row_scale, class_weight, ignore_index, code, numbers)
+        total, rows = row_loss_with_gradient_(overwritten, *args)
+        ctx.mark_non_differentiable(rows)
+        ctx.save_for_backward(labels, row_scale, class_weight, rows)
+        ctx.dlogits, ctx.code, ctx.numbers = overwritten, code, numbers
+        return total, rows
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dtotal: Tensor, _: Any) -> Any:
+        labels, row_scale, class_weight, rows = ctx.saved_tensors
+        dlogits, ctx.dlogits = ctx.dlogits, None
+        if dlogits is None:
+            raise RuntimeError("inplace: the logits' storage held the gradient, which a first backward took")
+        match_upstream_(dlogits, dtotal, None, labels, row_scale, class_weight, rows, ctx.code, ctx.numbers)
+        return dlogits, None, None, None, None, None, None

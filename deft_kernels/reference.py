@@ -1,0 +1,159 @@
+"""The oracle: every formula written the slow, obvious way over whole [N, V] tensors, gradients by autograd.
+
+Float64-capable, differentiable as often as PyTorch can, and it shares no code with what it judges: from an
+`Objective` it reads only the fields that say which formula is meant. Not fast, not careful with memory.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def transformed(logits: Tensor, softcap: float | None = None, temperature: float = 1.0) -> Tensor:
+    """softcap * tanh(x / softcap), then / temperature; in fp32 at least."""
+    z = logits if logits.dtype == torch.float64 else logits.float()
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    return z / temperature
+
+
+def statistics(z: Tensor, labels: Tensor, ignore_index: int = -100) -> dict[str, Tensor]:
+    """logp, lse, collision, entropy, max_prob, correct of transformed logits z [N, V]; labels [N]."""
+    target = labels.masked_fill(labels == ignore_index, 0)
+    log_p = torch.log_softmax(z, dim=-1)
+    p = log_p.exp()
+    # p log p at p = 0 is 0; where() twice keeps inf out of the backward as well.
+    positive = p > 0
+    p_log_p = torch.where(positive, p * torch.where(positive, log_p, 0.0), torch.where(p.isnan(), p, 0.0))
+    z_target = z.gather(-1, target.unsqueeze(-1)).squeeze(-1)
+    return {
+        "logp": log_p.gather(-1, target.unsqueeze(-1)).squeeze(-1),
+        "lse": torch.logsumexp(z, dim=-1),
+        "collision": (p * p).sum(-1),
+        "entropy": -p_log_p.sum(-1),
+        "max_prob": p.amax(-1),
+        "correct": z_target >= z.amax(-1),
+    }
+
+
+def row_objective(
+    objective: Any, stats: dict[str, Tensor], valid: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, alpha, gate) of each row, before weights, smoothing and z-loss; the table of `objectives`."""
+
+    def held(value: Tensor) -> Tensor:
+        return value.detach() if objective.detach else value
+
+    logp = stats["logp"]
+    p = logp.exp()
+    impossible = torch.isinf(logp)  # a target of probability 0: the limits of the formulas
+    finite = logp.masked_fill(impossible, 0.0)
+
+    if objective.name == "nll":
+        return -logp, torch.zeros_like(logp), torch.ones_like(logp)
+    if objective.name == "neg_prob":
+        return 1 - p, torch.ones_like(logp), p
+    if objective.name == "dft":
+        return (held(p) * -finite).masked_fill(impossible, 0.0), torch.ones_like(logp), p
+    if objective.name == "eaft":
+        weight = (stats["entropy"].clamp(min=0) / math.log(objective.top_k)) ** objective.power
+        return held(weight) * -logp, torch.zeros_like(logp), weight
+
+    if objective.focus == "fixed":
+        alpha = torch.full_like(logp, objective.alpha)
+    elif objective.focus == "collision":
+        alpha = held(stats["collision"])
+    elif objective.focus == "shannon":
+        alpha = held(torch.exp(-stats["entropy"]))
+    elif objective.focus == "max_prob":
+        alpha = held(stats["max_prob"])
+    elif objective.focus == "cayley":
+        mean_prob = objective.mean_prob
+        if mean_prob is None:
+            known = valid & ~p.isnan()
+            mean_prob = p[known].mean().detach() if bool(known.any()) else torch.zeros_like(p[:0].sum())
+        floor = 0.5 * mean_prob
+        radius = 1 - held(p) + objective.eps
+        local = (1 - radius) / (1 + radius + objective.eps)
+        alpha = (floor + (1 - floor) * local).clamp(0.001, 1.0)
+    else:
+        raise ValueError(f"objective: no reference for {objective!r}")
+
+    if objective.name == "rational":
+        loss = -finite / (1 - alpha * finite)
+        gate = (1 - alpha * logp) ** -2
+        return torch.where(impossible, 1 / alpha, loss), alpha, gate
+    if objective.focus == "fixed" and objective.alpha == 0.0:
+        return -logp, alpha, torch.ones_like(logp)
+    power = torch.where(impossible, 0.0, torch.exp(alpha * finite))
+    damped = alpha + objective.eps
+    # expm1, as 1 - p^alpha itself would lose every digit of a confident row, in any precision.
+    loss = torch.where(impossible, 1 / damped, -torch.expm1(alpha * finite) / damped)
+    return loss, alpha, power * alpha / damped
+
+
+def loss(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    objective: Any,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    token_weight: Tensor | None = None,
+    weight: Tensor | None = None,
+    num_items: Tensor | float | None = None,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(loss, statistics) of logits [..., V] and labels [...]; keywords as in `deft_loss`.
+
+    Statistics have the labels' shape and carry alpha and gate beside those of `statistics`.
+    """
+    vocabulary = logits.shape[-1]
+    shape, labels = labels.shape, labels.reshape(-1)
+    z = transformed(logits, softcap, temperature).reshape(-1, vocabulary)
+    valid = labels != ignore_index
+    target = labels.masked_fill(~valid, 0)
+    # Ignored rows may hold anything, NaN included; they must not reach the sum or its gradient.
+    z = z.masked_fill(~valid.unsqueeze(-1), 0.0)
+    stats = statistics(z, labels, ignore_index)
+    rows, stats["alpha"], stats["gate"] = row_objective(objective, stats, valid)
+    p = stats["logp"].exp()
+    outside = (p < objective.low) | (p > objective.high)
+    stats["gate"] = stats["gate"].masked_fill(outside, 0.0)
+    kept = valid & ~outside
+
+    row_weight = torch.ones_like(rows) if weight is None else weight.to(rows.dtype)[target]
+    rows = (1 - label_smoothing) * row_weight * rows
+    if label_smoothing > 0:
+        log_p = F.log_softmax(z, dim=-1)
+        if weight is None:
+            smooth = -log_p.sum(-1)
+        else:
+            smooth = -torch.where(weight == 0, 0.0, weight.to(z.dtype) * log_p).sum(-1)
+        rows = rows + label_smoothing / vocabulary * smooth
+    if z_loss > 0:
+        rows = rows + z_loss * stats["lse"] ** 2
+    rows = torch.where(kept, rows, 0.0)
+    if token_weight is not None:
+        rows = rows * token_weight.reshape(-1).to(rows.dtype)
+
+    stats = {
+        name: value.detach().masked_fill(~valid, 0).reshape(shape) for name, value in stats.items()
+    }
+    if reduction == "none":
+        return rows.reshape(shape), stats
+    total = rows.sum()
+    if reduction == "sum":
+        return total, stats
+    if num_items is not None:
+        return total / num_items, stats
+    count = torch.where(kept, row_weight, 0.0).sum()
+    return total / torch.where(count == 0, 1.0, count), stats

@@ -1,0 +1,78 @@
+"""Everything about a call that is not a tensor, in one frozen record that fits an operator's schema."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, cast
+
+from .objectives import Objective
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Settings of one loss, shared by the forward and the backward operators.
+
+    softcap: 0 for none.  statistics: also reduce what the loss itself does not need (entropy, max p).
+    backend: "triton" or "torch", already resolved.  inplace: the backward overwrites the logits.
+    """
+
+    objective: Objective
+    softcap: float = 0.0
+    temperature: float = 1.0
+    z_loss: float = 0.0
+    label_smoothing: float = 0.0
+    statistics: bool = False
+    inplace: bool = False
+    backend: str = "torch"
+
+    def encode(self) -> tuple[str, list[float]]:
+        """(code, numbers) for an operator call; torch.compile folds both to constants."""
+        o = self.objective
+        flags = f"{int(o.detach)}{int(self.statistics)}{int(self.inplace)}"
+        code = f"{o.family}:{o.focus}:{flags}:{self.backend}"
+        mean_prob = -1.0 if o.mean_prob is None else o.mean_prob
+        numbers = [o.alpha, o.eps, o.power, o.top_k, o.low, o.high, mean_prob]
+        return code, [*numbers, self.softcap, self.temperature, self.z_loss, self.label_smoothing]
+
+    @property
+    def needs_entropy(self) -> bool:
+        return self.statistics or self.objective.needs_entropy
+
+    @property
+    def needs_max(self) -> bool:
+        return self.statistics or self.objective.needs_max
+
+    @property
+    def squares(self) -> bool:
+        """Whether the gradient has a term p_j^2 (through the collision probability)."""
+        return self._through("collision", "statistics", "statistics+max")
+
+    @property
+    def logs(self) -> bool:
+        """Whether the gradient has a term p_j log p_j (through the entropy)."""
+        return self._through("shannon", "entropy", "statistics", "statistics+max")
+
+    @property
+    def peaks(self) -> bool:
+        """Whether the gradient has a term at the largest logit (through max p)."""
+        return self._through("max_prob", "statistics+max")
+
+    def _through(self, *foci: str) -> bool:
+        return not self.objective.detach and self.objective.focus in foci
+
+
+def decode(code: str, numbers: list[float]) -> Spec:
+    """The record that `Spec.encode` wrote (the objective's display name is not part of it)."""
+    return _decode(code, tuple(numbers))
+
+
+@lru_cache(maxsize=256)
+def _decode(code: str, numbers: tuple[float, ...]) -> Spec:
+    family, focus, flags, backend = code.split(":")
+    detach, statistics, inplace = (flag == "1" for flag in flags)
+    alpha, eps, power, top_k, low, high, mean_prob, softcap, temperature, z_loss, smoothing = numbers
+    objective = Objective(
+        family, cast(Any, family), cast(Any, focus), alpha, eps, power, top_k, detach, low, high, None if mean_prob < 0 else mean_prob
+    )
+    return Spec(objective, softcap, temperature, z_loss, smoothing, statistics, inplace, backend)

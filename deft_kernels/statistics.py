@@ -1,0 +1,58 @@
+"""What is known of a row: the public record, and the layout of the packed buffer the backends share."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class RowStatistics(NamedTuple):
+    """Statistics of each row; every tensor has the labels' shape, fp32 (fp64 for fp64 logits), in nats.
+
+    logp: log-probability of the target.  lse: log-sum-exp of the (soft-capped, tempered) logits.
+    collision: S = sum p^2 = exp(-H_2).  entropy: Shannon H.  max_prob: max p.
+    correct: bool, whether the target's logit is at least every other (top-1).
+    alpha, gate: focus index and trust gate of the objective; None from `row_statistics`, which has none.
+        alpha is 0 for `eaft`, a weighted NLL without a focus index.
+    Ignored rows hold 0 and False; rows that a band on p drops keep their statistics and have gate 0.
+    """
+
+    logp: Tensor
+    lse: Tensor
+    collision: Tensor
+    entropy: Tensor
+    max_prob: Tensor
+    correct: Tensor
+    alpha: Tensor | None = None
+    gate: Tensor | None = None
+
+
+class Field(IntEnum):
+    """Rows of the packed buffer [len(Field), N] between forward and backward.
+
+    OFFSET and SUM are the state of the softmax in the log2 domain: p_j = 2^(k z_j - OFFSET) / SUM with
+    k = log2(e) / temperature rounded to the buffer's dtype. OFFSET need only be near the maximum, so that its
+    own rounding cancels: unlike lse it costs no precision at |z| = 300. A, B, C, PEAK_GRAD and TARGET are the
+    coefficients of the gradient for an upstream of 1 (see `rows.coefficients`).
+    """
+
+    LOGP = 0
+    LSE = 1
+    COLLISION = 2
+    ENTROPY = 3
+    MAX_PROB = 4
+    CORRECT = 5
+    ALPHA = 6
+    GATE = 7
+    KEPT = 8
+    OFFSET = 9
+    SUM = 10
+    PEAK = 11
+    TIES = 12
+    A = 13
+    B = 14
+    C = 15
+    PEAK_GRAD = 16
+    TARGET = 17
