@@ -241,13 +241,16 @@ def _row_loss_backward(ctx: Any, dloss: Tensor, _: Any) -> Any:
 
 def _setup_with_gradient(ctx: Any, inputs: Any, output: Any) -> None:
     logits, labels, row_scale, class_weight, _, ctx.code, ctx.numbers = inputs
+    # Without this autograd would hand the backward an [N, V] tensor of zeros for the gradient output.
+    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1], output[2])
     ctx.save_for_backward(logits, labels, row_scale, class_weight, output[1])
     ctx.dlogits = output[2]
 
 
-def _with_gradient_backward(ctx: Any, dtotal: Tensor, *_: Any) -> Any:
-    return scalar_upstream(ctx, dtotal), None, None, None, None, None, None
+def _with_gradient_backward(ctx: Any, dtotal: Optional[Tensor], *_: Any) -> Any:
+    dlogits = None if dtotal is None else scalar_upstream(ctx, dtotal)
+    return dlogits, None, None, None, None, None, None
 
 
 def _setup_statistics(ctx: Any, inputs: Any, output: Any) -> None:
