@@ -1,0 +1,86 @@
+"""Device arithmetic: what the row loops and the row formulas are made of.
+
+MODE says how a primitive is spelled: INTERPRETED, PTX or GENERIC. libdevice does not run in Triton's
+interpreter and inline assembly neither, so everything has a spelling from primitives.
+"""
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(0)
+PTX = tl.constexpr(1)
+GENERIC = tl.constexpr(2)
+
+# Finite stand-in for the logarithm of nothing: (-inf) - (-inf) would be NaN, -1e38 - -1e38 is 0.
+LOWEST = tl.constexpr(-1e38)
+LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(1.4426950408889634)
+# Below this 2^x is 0 in fp32; keeps a masked logit from making 0 * -inf in the entropy.
+VANISHED = tl.constexpr(-2000.0)
+
+
+@triton.jit
+def exp2(x, MODE: tl.constexpr):
+    """2^x with results below 2^-126 flushed to 0; plain exp2 pays two instructions more to keep them."""
+    if MODE == PTX:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
+def fma(x, y, z, MODE: tl.constexpr):
+    """x y + z rounded once, whatever the compiler's default for contraction."""
+    if MODE == INTERPRETED:
+        # The interpreter's fma rounds twice; this shows the arithmetic that the GPU does.
+        return (x.to(tl.float64) * y + z).to(tl.float32)
+    else:
+        return tl.fma(x, y, z)
+
+
+@triton.jit
+def log2(x):
+    """log2 of a scalar to about one fp32 ulp; the hardware's lg2.approx is off by 2.4e-7 near 1.
+
+    x = 2^n m, m in [sqrt(1/2), sqrt(2)):  ln m = 2 artanh(w), w = (m - 1) / (m + 1).
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    n = (bits >> 23) - 127
+    m = ((bits & 0x007FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
+    high = m > 1.4142135
+    m = tl.where(high, 0.5 * m, m)
+    n = tl.where(high, n + 1, n).to(tl.float32)
+    w = (m - 1.0) / (m + 1.0)
+    v = w * w
+    series = 1.0 + v * (0.33333334 + v * (0.2 + v * (0.14285715 + v * 0.11111111)))
+    result = n + (2.0 * LOG2E) * w * series
+    # Zero, infinite, NaN and denormal arguments keep the hardware's answer.
+    ordinary = (x >= 1.1754944e-38) & (x < float("inf"))
+    return tl.where(ordinary, result, tl.log2(x))
+
+
+@triton.jit
+def expm1(x):
+    """e^x - 1 without cancellation near 0."""
+    near = x * (
+        1.0 + x * (0.5 + x * (0.16666667 + x * (0.041666668 + x * (0.008333334 + x * (0.0013888889 + x * (0.0001984127 + x * 2.4801588e-05))))))
+    )  # fmt: skip
+    return tl.where(tl.abs(x) < 0.5, near, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def tanh(x):
+    """tanh by way of expm1(-2|x|): relative precision at small arguments too."""
+    t = expm1(-2.0 * tl.abs(x))
+    size = -t / (t + 2.0)
+    return tl.where(x < 0, -size, size)
+
+
+@triton.jit
+def softcapped(z, softcap, SOFTCAP: tl.constexpr):
+    if SOFTCAP:
+        return softcap * tanh(z / softcap)
+    else:
+        return z

@@ -1,0 +1,282 @@
+"""Launchers: the functions of `deft_kernels.blocked`, by way of the kernels. Outputs are given, not made,
+except for the buffers of [N] numbers between launches. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ..backends import interpreted
+from ..formulas import LN2, cayley_mean
+from ..spec import Spec
+from ..statistics import Field
+from . import finish, objectives, table
+from .device import GENERIC, INTERPRETED, PTX
+from .row_kernels import finish_kernel, fused_kernel, gradient_kernel, scale_kernel, statistics_kernel
+
+STATE_SIZE = 7
+SLICE_TURNS = 8  # columns of a gradient program, in turns of two tiles: long enough to amortise its row
+
+
+def _mode() -> int:
+    if interpreted():
+        return INTERPRETED.value
+    return GENERIC.value if torch.version.hip is not None else PTX.value
+
+
+def _warp() -> int:
+    return 64 if torch.version.hip is not None else 32
+
+
+def _processors(device: torch.device) -> int:
+    if device.type == "cpu":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def objective_constants(spec: Spec) -> dict[str, Any]:
+    """The constexprs and scalars that say which objective it is."""
+    o = spec.objective
+    through = finish.HELD
+    if not o.detach and o.family != "none":
+        by = {
+            "cayley": finish.BY_LOGP,
+            "prob": finish.BY_LOGP,
+            "collision": finish.BY_COLLISION,
+            "shannon": finish.BY_ENTROPY,
+            "entropy": finish.BY_ENTROPY,
+            "max_prob": finish.BY_MAX_PROB,
+        }
+        through = by.get(o.focus, finish.HELD)
+    return {
+        "FOCUS": objectives.FOCI[o.focus],
+        "FAMILY": objectives.FAMILIES[o.family],
+        "THROUGH": through.value,
+        "IS_WEIGHT": o.family == "weighted",
+        "BANDED": o.has_band,
+        "Z_LOSS": spec.z_loss > 0,
+        "SMOOTHED": spec.label_smoothing > 0,
+        "ENTROPY": spec.needs_entropy,
+    }
+
+
+def _objective_scalars(spec: Spec) -> dict[str, float]:
+    o = spec.objective
+    return {
+        "alpha": o.alpha,
+        "eps": o.eps,
+        "power": o.power,
+        "scale": 1.0 / math.log(o.top_k),
+        "low": o.low,
+        "high": o.high,
+        "z_loss": spec.z_loss,
+        "smoothing": spec.label_smoothing,
+    }
+
+
+def log2_scale(temperature: float) -> float:
+    """k = log2(e) / temperature as fp32 holds it."""
+    return torch.tensor(1.0 / LN2 / temperature, dtype=torch.float32).item()
+
+
+def _strides(logits: Tensor) -> tuple[int, int, int]:
+    """(inner, stride_outer, stride_inner): row r lies at (r // inner) stride_outer + (r % inner) stride_inner."""
+    dims = [d for d in zip(logits.shape[:-1], logits.stride()[:-1], strict=True) if d[0] != 1]
+    merged: list[tuple[int, int]] = []
+    for size, stride in dims:
+        if merged and merged[-1][1] == size * stride:
+            merged[-1] = (merged[-1][0] * size, stride)
+        else:
+            merged.append((size, stride))
+    if not merged:
+        return 1, logits.shape[-1], 0
+    if len(merged) == 1:
+        return 1, merged[0][1], 0
+    (_, outer), (inner, stride) = merged
+    return inner, outer, stride
+
+
+def _peel(width: int, *tensors: Tensor) -> bool:
+    """Whether rows may begin off a 16-byte boundary and do so alike in all tensors, so that peeling a head
+    restores full-width loads and stores."""
+    strides = [_strides(tensor)[1:] for tensor in tensors]
+    if any(tensor.data_ptr() % 16 for tensor in tensors):
+        return False
+    residues = {tuple(stride % width for stride in pair) for pair in strides}
+    return len(residues) == 1 and residues != {(0, 0)}
+
+
+class _Call:
+    """What the launches of one call share."""
+
+    def __init__(self, logits: Tensor, labels: Tensor, class_weight: Tensor | None, spec: Spec):
+        self.logits, self.labels, self.spec = logits, labels, spec
+        self.count, self.vocabulary = labels.numel(), logits.shape[-1]
+        self.device, self.mode, self.k = logits.device, _mode(), log2_scale(spec.temperature)
+        self.constants = objective_constants(spec)
+        self.scalars = _objective_scalars(spec)
+        self.weighted = class_weight is not None
+        self.class_weight = logits if class_weight is None else class_weight
+        self.weight_total = logits if class_weight is None else class_weight.float().sum()
+        self.softcap = spec.softcap > 0
+        self.inner, self.outer_stride, self.inner_stride = _strides(logits)
+
+    def buffers(self) -> tuple[Tensor, Tensor]:
+        rows = torch.empty(len(Field), self.count, dtype=torch.float32, device=self.device)
+        return rows, torch.empty(self.count, dtype=torch.float32, device=self.device)
+
+    def position(self) -> dict[str, int]:
+        return {
+            "inner": self.inner, "stride_outer": self.outer_stride, "stride_inner": self.inner_stride,
+        }  # fmt: skip
+
+
+def row_loss(
+    logits: Tensor, labels: Tensor, class_weight: Tensor | None, ignore_index: int, spec: Spec
+) -> tuple[Tensor, Tensor]:
+    """As `blocked.row_loss`."""
+    call = _Call(logits, labels, class_weight, spec)
+    rows, loss = call.buffers()
+    if call.count == 0:
+        return loss, rows
+    plan = table.statistics(call.vocabulary, logits.element_size(), _warp())
+    splits = 1 if spec.peaks else table.splits(call.count, call.vocabulary, plan.tile, _processors(call.device))
+    stored = splits > 1 or spec.objective.needs_batch
+    span = call.vocabulary
+    if stored:
+        span = plan.tile * max(1, math.ceil(call.vocabulary / (plan.tile * splits)))
+        splits = math.ceil(call.vocabulary / span)
+    states = torch.empty(call.count * splits * STATE_SIZE if stored else 0, device=call.device)
+    statistics_kernel[(call.count, splits)](
+        logits, labels, call.class_weight, call.weight_total, rows, loss, states if stored else rows,
+        call.count, **call.position(), vocabulary=call.vocabulary, span=span, ignore_index=ignore_index,
+        k=call.k, softcap=spec.softcap, temperature=spec.temperature,
+        floor=0.5 * (spec.objective.mean_prob or 0.0), **call.scalars, **call.constants,
+        WEIGHTED=call.weighted, SOFTCAP=call.softcap, TIES=spec.peaks, STORED=stored,
+        PEEL=_peel(plan.width, logits), LANES=plan.lanes, WIDTH=plan.width, MODE=call.mode,
+        num_warps=plan.num_warps,
+    )  # fmt: skip
+    if stored:
+        _finish(call, rows, loss, states, splits, ignore_index)
+    return loss, rows
+
+
+def _finish(
+    call: _Call, rows: Tensor, loss: Tensor, states: Tensor, splits: int, ignore_index: int
+) -> None:
+    spec = call.spec
+
+    def launch(floor: Tensor | float, batch: bool, constants: dict[str, Any]) -> None:
+        finish_kernel[(call.count,)](
+            call.labels, call.class_weight, call.weight_total, floor, rows, loss, states,
+            call.count, splits, call.vocabulary, ignore_index, call.k, spec.temperature,
+            **call.scalars, **constants, WEIGHTED=call.weighted, BATCH=batch,
+            SPLITS=triton.next_power_of_2(splits), MODE=call.mode, num_warps=1,
+        )  # fmt: skip
+
+    if spec.objective.needs_batch:
+        # First only the statistics, for the batch's mean p; the logits are not read again.
+        none = {"FOCUS": objectives.FOCI["fixed"], "FAMILY": objectives.FAMILIES["none"], "THROUGH": 0}
+        launch(0.0, False, call.constants | none)
+        mean = cayley_mean(rows[Field.LOGP], call.labels != ignore_index)
+        launch(mean, True, call.constants)
+    else:
+        launch(0.5 * (spec.objective.mean_prob or 0.0), False, call.constants)
+
+
+def row_loss_with_gradient(
+    logits: Tensor,
+    labels: Tensor,
+    row_scale: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    spec: Spec,
+    out: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """As `blocked.row_loss_with_gradient`."""
+    call = _Call(logits, labels, class_weight, spec)
+    rows, loss = call.buffers()
+    if call.count == 0:
+        return loss, rows
+    plan = table.fused(call.vocabulary, logits.element_size(), _warp())
+    _, out_outer, out_inner = _out_strides(out, call.inner)
+    fused_kernel[(call.count,)](
+        logits, labels, call.class_weight, call.weight_total, rows, loss, row_scale, out,
+        call.count, **call.position(), out_outer=out_outer, out_inner=out_inner,
+        vocabulary=call.vocabulary, ignore_index=ignore_index, k=call.k, softcap=spec.softcap,
+        temperature=spec.temperature, floor=0.5 * (spec.objective.mean_prob or 0.0), **call.scalars,
+        spread=spec.label_smoothing / call.vocabulary / spec.temperature, **call.constants,
+        WEIGHTED=call.weighted, SOFTCAP=call.softcap, TIES=spec.peaks,
+        PEEL=_peel(plan.width, logits, out), LANES=plan.lanes, WIDTH=plan.width, MODE=call.mode,
+        num_warps=plan.num_warps,
+    )  # fmt: skip
+    return loss, rows
+
+
+def _out_strides(out: Tensor, inner: int) -> tuple[int, int, int]:
+    """Strides of the output's rows under the logits' own split of the row number."""
+    own_inner, outer, stride = _strides(out)
+    if own_inner == inner:
+        return inner, outer, stride
+    # The output is contiguous where the logits are not: one stride serves both parts.
+    assert own_inner == 1
+    return inner, outer * inner, outer
+
+
+def gradient(
+    logits: Tensor,
+    labels: Tensor,
+    class_weight: Tensor | None,
+    rows: Tensor,
+    dloss: Tensor,
+    spec: Spec,
+    out: Tensor,
+    upstream: Tensor | None = None,
+) -> None:
+    """As `blocked.gradient`; with `upstream` [1] nothing is written when it is 1, else dloss is scaled."""
+    call = _Call(logits, labels, class_weight, spec)
+    if call.count == 0:
+        return
+    plan = table.gradient(call.vocabulary, logits.element_size(), _warp())
+    span = plan.tile * 2 * SLICE_TURNS
+    _, out_outer, out_inner = _out_strides(out, call.inner)
+    grid = (call.count, math.ceil(call.vocabulary / span))
+    gradient_kernel[grid](
+        logits, labels, call.class_weight, rows, dloss, rows if upstream is None else upstream, out,
+        call.count, **call.position(), out_outer=out_outer, out_inner=out_inner,
+        dloss_stride=dloss.stride(0), vocabulary=call.vocabulary, span=span, k=call.k,
+        softcap=spec.softcap, spread=spec.label_smoothing / call.vocabulary / spec.temperature,
+        UPSTREAM=upstream is not None, SQUARES=spec.squares, LOGS=spec.logs, PEAKS=spec.peaks,
+        SMOOTHED=spec.label_smoothing > 0, WEIGHTED=call.weighted, SOFTCAP=call.softcap,
+        PEEL=_peel(plan.width, logits, out), LANES=plan.lanes, WIDTH=plan.width, MODE=call.mode,
+        num_warps=plan.num_warps,
+    )  # fmt: skip
+
+
+def match_upstream(
+    dlogits: Tensor,
+    upstream: Tensor,
+    logits: Tensor | None,
+    labels: Tensor,
+    row_scale: Tensor,
+    class_weight: Tensor | None,
+    rows: Tensor,
+    spec: Spec,
+) -> None:
+    """See `operators.match_upstream_`; decided on the device."""
+    if labels.numel() == 0:
+        return
+    if logits is not None:
+        gradient(logits, labels, class_weight, rows, row_scale, spec, dlogits, upstream)
+        return
+    plan = table.gradient(dlogits.shape[-1], dlogits.element_size(), _warp())
+    inner, outer, stride = _strides(dlogits)
+    scale_kernel[(labels.numel(),)](
+        dlogits, upstream, inner, outer, stride, dlogits.shape[-1],
+        LANES=plan.lanes, WIDTH=plan.width, num_warps=plan.num_warps,
+    )  # fmt: skip

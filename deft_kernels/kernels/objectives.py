@@ -1,0 +1,110 @@
+"""The objectives on the device: twins of `deft_kernels.formulas`, one function a focus and one a family.
+
+A focus returns (alpha, slope), slope being the derivative of alpha by the statistic it comes from (by logp
+for `cayley` and `prob`). A family returns (loss, gate, d_alpha). Kernels take both as constexpr arguments.
+"""
+
+import triton
+import triton.language as tl
+
+from .device import expm1
+
+
+@triton.jit
+def fixed(p, collision, entropy, max_prob, alpha, eps, power, scale, floor):
+    return alpha, 0.0
+
+
+@triton.jit
+def collision(p, collision, entropy, max_prob, alpha, eps, power, scale, floor):
+    return collision, 1.0
+
+
+@triton.jit
+def shannon(p, collision, entropy, max_prob, alpha, eps, power, scale, floor):
+    value = tl.exp(-entropy)
+    return value, -value
+
+
+@triton.jit
+def max_prob(p, collision, entropy, max_prob, alpha, eps, power, scale, floor):
+    return max_prob, 1.0
+
+
+@triton.jit
+def cayley(p, collision, entropy, max_prob, alpha, eps, power, scale, floor):
+    below = 2.0 - p + 2.0 * eps
+    raw = floor + (1.0 - floor) * (p - eps) / below
+    slope = (1.0 - floor) * (2.0 + eps) / (below * below) * p
+    inside = (raw >= 0.001) & (raw <= 1.0)
+    clamped = tl.where(raw < 0.001, 0.001, tl.where(raw > 1.0, 1.0, raw))
+    return clamped, tl.where(inside, slope, 0.0)
+
+
+@triton.jit
+def prob(p, collision, entropy, max_prob, alpha, eps, power, scale, floor):
+    return p, p
+
+
+@triton.jit
+def entropy(p, collision, entropy, max_prob, alpha, eps, power, scale, floor):
+    """w = (H scale)^power with scale = 1 / ln top_k."""
+    weight = tl.exp2(power * tl.log2(entropy * scale))
+    weight = tl.where(entropy > 0.0, weight, tl.where(entropy == entropy, 0.0, entropy))
+    return weight, tl.where(entropy > 0.0, power * weight / entropy, 0.0)
+
+
+@triton.jit
+def deformed(logp, alpha, eps, DETACH: tl.constexpr):
+    """-(p^alpha - 1) / (alpha + eps); -logp at alpha = 0."""
+    plain = (alpha == 0.0) & (eps == 0.0)
+    x = tl.where(plain, 0.0, alpha * logp)
+    weight = tl.where(plain, 1.0, alpha + eps)
+    power = tl.exp(x)
+    loss = tl.where(plain, -logp, -expm1(x) / weight)
+    gate = tl.where(plain, 1.0, power * (alpha / weight))
+    if DETACH:
+        return loss, gate, 0.0
+    else:
+        # x e^x - expm1(x) without cancellation, and the second term that eps leaves.
+        series = 0.5 + x * (0.33333334 + x * (0.125 + x * (0.033333335 + x * (0.0069444445 + x * 0.0011904762))))
+        direct = tl.maximum(x, -10000.0) * power - expm1(x)
+        sharpening = tl.where(x > -0.3, series * x * x, direct)
+        rest = eps * tl.where(power == 0.0, 0.0, logp * power)
+        return loss, gate, -(sharpening + rest) / (weight * weight)
+
+
+@triton.jit
+def rational(logp, alpha, eps, DETACH: tl.constexpr):
+    """-logp / (1 - alpha logp)."""
+    impossible = logp == float("-inf")
+    root = 1.0 / (1.0 - alpha * logp)
+    loss = tl.where(impossible, 1.0 / alpha, -logp * root)
+    root = tl.where(impossible & (alpha == 0.0), 1.0, root)
+    return loss, root * root, -loss * loss
+
+
+@triton.jit
+def weighted(logp, alpha, eps, DETACH: tl.constexpr):
+    """w (-logp), the weight coming in as `alpha`; 0 where the weight is, in the limit of p ln p."""
+    loss = tl.where(alpha == 0.0, 0.0, -alpha * logp)
+    return loss, alpha, tl.where(alpha == 0.0, 0.0, -logp)
+
+
+@triton.jit
+def none(logp, alpha, eps, DETACH: tl.constexpr):
+    return 0.0 * alpha, 0.0 * alpha, 0.0
+
+
+FOCI = {
+    "fixed": fixed,
+    "collision": collision,
+    "shannon": shannon,
+    "max_prob": max_prob,
+    "cayley": cayley,
+    "prob": prob,
+    "entropy": entropy,
+    "statistics": fixed,
+    "statistics+max": fixed,
+}
+FAMILIES = {"deformed": deformed, "rational": rational, "weighted": weighted, "none": none}

@@ -1,0 +1,299 @@
+"""The kernels: one program a row, or a row's slice. Arguments: tensors, scalars, constexprs.
+
+    statistics_kernel   a row (or slice) of logits -> its state; a whole row goes on to loss and coefficients
+    finish_kernel       stored states -> loss and coefficients (split rows, and objectives that wait for the batch)
+    gradient_kernel     logits and coefficients -> gradient
+    fused_kernel        all of it for a row in one launch
+"""
+
+import triton
+import triton.language as tl
+
+from .device import PTX, softcapped
+from .finish import BY_COLLISION, BY_ENTROPY, BY_MAX_PROB, finish_row, store_ignored
+from .state import combine, count_ties, reduce_row
+from .sweep import write_gradient, write_zeros
+
+
+@triton.jit
+def row_offset(row, inner, stride_outer, stride_inner):
+    """Element offset of a row, int64: N V passes 2^31 in an ordinary batch."""
+    outer = row // inner
+    return outer.to(tl.int64) * stride_outer + (row - outer * inner).to(tl.int64) * stride_inner
+
+
+@triton.jit
+def aligned(offset, WIDTH: tl.constexpr, PEEL: tl.constexpr):
+    """(offset rounded down to a full load, columns rounded away); the hint keeps loads 16 bytes wide."""
+    if PEEL:
+        lead = (offset % WIDTH).to(tl.int32)
+        return tl.multiple_of(offset - lead, WIDTH), lead
+    else:
+        return offset, 0
+
+
+@triton.jit
+def target_of(row_ptr, label, vocabulary, softcap, SOFTCAP: tl.constexpr):
+    """The target's logit, soft-capped; NaN and no read for a label out of range."""
+    known = (label >= 0) & (label < vocabulary)
+    z = tl.load(row_ptr + label, mask=known, other=float("nan")).to(tl.float32)
+    return softcapped(z, softcap, SOFTCAP)
+
+
+@triton.jit
+def weights_of(class_weight, weight_total, label, vocabulary, WEIGHTED: tl.constexpr):
+    """(w_y, sum of w)."""
+    if WEIGHTED:
+        known = (label >= 0) & (label < vocabulary)
+        return tl.load(class_weight + label, mask=known, other=0.0).to(tl.float32), tl.load(weight_total)
+    else:
+        return 1.0, vocabulary * 1.0
+
+
+@triton.jit
+def floor_of(floor, BATCH: tl.constexpr):
+    """The Cayley floor: a number, or half of a mean that an earlier launch left in memory."""
+    if BATCH:
+        return 0.5 * tl.load(floor)
+    else:
+        return floor
+
+
+@triton.jit
+def statistics_kernel(
+    logits,  # [N, V]
+    labels,  # [N] int64
+    class_weight,  # [V] or unused
+    weight_total,  # [1] or unused
+    rows,  # [18, N] fp32
+    loss,  # [N] fp32
+    states,  # [N, splits, 7] fp32 when STORED
+    n_rows, inner, stride_outer, stride_inner, vocabulary, span, ignore_index, k, softcap, temperature,
+    alpha, eps, power, scale, floor, low, high, z_loss, smoothing,
+    FOCUS: tl.constexpr, FAMILY: tl.constexpr, THROUGH: tl.constexpr, IS_WEIGHT: tl.constexpr,
+    BANDED: tl.constexpr, Z_LOSS: tl.constexpr, SMOOTHED: tl.constexpr, WEIGHTED: tl.constexpr,
+    SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, TIES: tl.constexpr, STORED: tl.constexpr,
+    PEEL: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, MODE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    label = tl.load(labels + row)
+    if label != ignore_index:
+        at, lead = aligned(row_offset(row, inner, stride_outer, stride_inner), WIDTH, PEEL)
+        # Columns count from the aligned position: the row is [lead, lead + V).
+        start = lead
+        stop = lead + vocabulary
+        if STORED:
+            start = lead + tl.program_id(1) * span
+            stop = tl.minimum(start + span, stop)
+        base = logits + at
+        z_target = target_of(base + lead, label, vocabulary, softcap, SOFTCAP)
+        peel = 0
+        if PEEL:
+            peel = start % WIDTH
+        weights = class_weight
+        if WEIGHTED:
+            weights = class_weight - lead
+        peak, offset, s, u, t, zsum = reduce_row(
+            base, start, stop, peel, weights, k, softcap,
+            LANES, WIDTH, SOFTCAP, SMOOTHED, WEIGHTED, ENTROPY, MODE,
+        )  # fmt: skip
+        if STORED:
+            to = states + (row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * 7
+            tl.store(to, peak)
+            tl.store(to + 1, offset)
+            tl.store(to + 2, s)
+            tl.store(to + 3, u)
+            tl.store(to + 4, t)
+            tl.store(to + 5, zsum)
+            tl.store(to + 6, z_target)
+        else:
+            ties = 0.0
+            if TIES:
+                ties = count_ties(base, start, stop, peak, softcap, LANES, WIDTH, SOFTCAP)
+            w_target, total = weights_of(class_weight, weight_total, label, vocabulary, WEIGHTED)
+            finish_row(
+                rows, loss, row, n_rows, z_target, w_target, total, peak, offset, s, u, t, zsum, ties,
+                vocabulary, k, temperature, alpha, eps, power, scale, floor, low, high, z_loss, smoothing,
+                FOCUS, FAMILY, THROUGH, IS_WEIGHT, BANDED, Z_LOSS, SMOOTHED, WEIGHTED, ENTROPY, MODE,
+            )  # fmt: skip
+    elif not STORED:
+        store_ignored(rows, loss, row, n_rows)
+
+
+@triton.jit
+def finish_kernel(
+    labels,  # [N] int64
+    class_weight,  # [V] or unused
+    weight_total,  # [1] or unused
+    floor,  # [1] when BATCH: the batch's mean p
+    rows,  # [18, N] fp32
+    loss,  # [N] fp32
+    states,  # [N, splits, 7] fp32
+    n_rows, splits, vocabulary, ignore_index, k, temperature,
+    alpha, eps, power, scale, low, high, z_loss, smoothing,
+    FOCUS: tl.constexpr, FAMILY: tl.constexpr, THROUGH: tl.constexpr, IS_WEIGHT: tl.constexpr,
+    BANDED: tl.constexpr, Z_LOSS: tl.constexpr, SMOOTHED: tl.constexpr, WEIGHTED: tl.constexpr,
+    ENTROPY: tl.constexpr, BATCH: tl.constexpr, SPLITS: tl.constexpr, MODE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    label = tl.load(labels + row)
+    if label != ignore_index:
+        part = tl.arange(0, SPLITS)
+        at = states + row.to(tl.int64) * splits * 7 + part * 7
+        inside = part < splits
+        peak = tl.load(at, mask=inside, other=float("-inf"))
+        offset = tl.load(at + 1, mask=inside, other=-1e38)
+        s = tl.load(at + 2, mask=inside, other=0.0)
+        u = tl.load(at + 3, mask=inside, other=0.0)
+        t = tl.load(at + 4, mask=inside, other=0.0)
+        zsum = tl.load(at + 5, mask=inside, other=0.0)
+        z_target = tl.load(states + row.to(tl.int64) * splits * 7 + 6)
+        peak, offset, s, u, t, zsum = combine(peak, offset, s, u, t, zsum, k, ENTROPY, MODE)
+        w_target, total = weights_of(class_weight, weight_total, label, vocabulary, WEIGHTED)
+        finish_row(
+            rows, loss, row, n_rows, z_target, w_target, total, peak, offset, s, u, t, zsum, 0.0,
+            vocabulary, k, temperature, alpha, eps, power, scale, floor_of(floor, BATCH), low, high,
+            z_loss, smoothing,
+            FOCUS, FAMILY, THROUGH, IS_WEIGHT, BANDED, Z_LOSS, SMOOTHED, WEIGHTED, ENTROPY, MODE,
+        )  # fmt: skip
+    else:
+        store_ignored(rows, loss, row, n_rows)
+
+
+@triton.jit
+def gradient_kernel(
+    logits,  # [N, V]
+    labels,  # [N] int64
+    class_weight,  # [V] or unused
+    rows,  # [18, N] fp32
+    dloss,  # [N], stride dloss_stride
+    upstream,  # [1] or unused
+    dlogits,  # [N, V], may be the logits
+    n_rows, inner, stride_outer, stride_inner, out_outer, out_inner, dloss_stride, vocabulary, span, k,
+    softcap, spread,
+    UPSTREAM: tl.constexpr, SQUARES: tl.constexpr, LOGS: tl.constexpr, PEAKS: tl.constexpr,
+    SMOOTHED: tl.constexpr, WEIGHTED: tl.constexpr, SOFTCAP: tl.constexpr, PEEL: tl.constexpr,
+    LANES: tl.constexpr, WIDTH: tl.constexpr, MODE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    factor = tl.load(dloss + row.to(tl.int64) * dloss_stride).to(tl.float32)
+    wanted = True
+    if UPSTREAM:
+        # The gradient stands already for an upstream of 1: decided here, never by waiting on the host.
+        scalar = tl.load(upstream).to(tl.float32)
+        wanted = scalar != 1.0
+        factor *= scalar
+    if wanted:
+        at, lead = aligned(row_offset(row, inner, stride_outer, stride_inner), WIDTH, PEEL)
+        to = row_offset(row, inner, out_outer, out_inner) - lead
+        if PEEL:
+            to = tl.multiple_of(to, WIDTH)
+        start = lead + tl.program_id(1) * span
+        stop = tl.minimum(start + span, lead + vocabulary)
+        peel = 0
+        if PEEL:
+            peel = start % WIDTH
+        if tl.load(rows + 8 * n_rows + row) != 0.0:
+            label = tl.load(labels + row)
+            offset = tl.load(rows + 9 * n_rows + row)
+            peak = tl.load(rows + 11 * n_rows + row)
+            a = tl.load(rows + 13 * n_rows + row) * factor
+            b = tl.load(rows + 14 * n_rows + row) * factor
+            c = tl.load(rows + 15 * n_rows + row) * factor
+            peak_grad = tl.load(rows + 16 * n_rows + row) * factor
+            target = tl.load(rows + 17 * n_rows + row) * factor
+            z_target = 0.0
+            if SOFTCAP:
+                z_target = target_of(logits + at + lead, label, vocabulary, softcap, SOFTCAP)
+                # Another thread may overwrite the target's logit in place.
+                tl.debug_barrier()
+            weights = class_weight
+            if WEIGHTED:
+                weights = class_weight - lead
+            write_gradient(
+                logits + at, dlogits + to, start, stop, peel, label + lead, z_target, weights, k, softcap,
+                offset, peak, a, b, c, peak_grad, target, spread * factor,
+                LANES, WIDTH, SOFTCAP, SMOOTHED, WEIGHTED, SQUARES, LOGS, PEAKS, MODE,
+            )  # fmt: skip
+        else:
+            write_zeros(dlogits + to, start, stop, peel, LANES, WIDTH)
+
+
+@triton.jit
+def scale_kernel(
+    dlogits,  # [N, V]
+    upstream,  # [1]
+    inner, out_outer, out_inner, vocabulary,
+    LANES: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """dlogits times a scalar on the device; nothing at all when it is 1."""
+    scalar = tl.load(upstream).to(tl.float32)
+    if scalar != 1.0:
+        base = dlogits + row_offset(tl.program_id(0), inner, out_outer, out_inner)
+        for first in range(0, vocabulary, LANES * WIDTH):
+            columns = first + tl.arange(0, LANES * WIDTH)
+            inside = columns < vocabulary
+            d = tl.load(base + columns, mask=inside).to(tl.float32) * scalar
+            tl.store(base + columns, d.to(dlogits.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def fused_kernel(
+    logits,  # [N, V]
+    labels,  # [N] int64
+    class_weight,  # [V] or unused
+    weight_total,  # [1] or unused
+    rows,  # [18, N] fp32
+    loss,  # [N] fp32
+    row_scale,  # [N] fp32
+    dlogits,  # [N, V], may be the logits
+    n_rows, inner, stride_outer, stride_inner, out_outer, out_inner, vocabulary, ignore_index, k, softcap,
+    temperature, alpha, eps, power, scale, floor, low, high, z_loss, smoothing, spread,
+    FOCUS: tl.constexpr, FAMILY: tl.constexpr, THROUGH: tl.constexpr, IS_WEIGHT: tl.constexpr,
+    BANDED: tl.constexpr, Z_LOSS: tl.constexpr, SMOOTHED: tl.constexpr, WEIGHTED: tl.constexpr,
+    SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, TIES: tl.constexpr,
+    PEEL: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, MODE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    label = tl.load(labels + row)
+    at, lead = aligned(row_offset(row, inner, stride_outer, stride_inner), WIDTH, PEEL)
+    to = row_offset(row, inner, out_outer, out_inner) - lead
+    if PEEL:
+        to = tl.multiple_of(to, WIDTH)
+    start = lead
+    stop = lead + vocabulary
+    kept = 0.0
+    if label != ignore_index:
+        base = logits + at
+        z_target = target_of(base + lead, label, vocabulary, softcap, SOFTCAP)
+        weights = class_weight
+        if WEIGHTED:
+            weights = class_weight - lead
+        peak, offset, s, u, t, zsum = reduce_row(
+            base, start, stop, lead, weights, k, softcap,
+            LANES, WIDTH, SOFTCAP, SMOOTHED, WEIGHTED, ENTROPY, MODE,
+        )  # fmt: skip
+        ties = 0.0
+        if TIES:
+            ties = count_ties(base, start, stop, peak, softcap, LANES, WIDTH, SOFTCAP)
+        w_target, total = weights_of(class_weight, weight_total, label, vocabulary, WEIGHTED)
+        kept, a, b, c, peak_grad, target = finish_row(
+            rows, loss, row, n_rows, z_target, w_target, total, peak, offset, s, u, t, zsum, ties,
+            vocabulary, k, temperature, alpha, eps, power, scale, floor, low, high, z_loss, smoothing,
+            FOCUS, FAMILY, THROUGH, IS_WEIGHT, BANDED, Z_LOSS, SMOOTHED, WEIGHTED, ENTROPY, MODE,
+        )  # fmt: skip
+        factor = tl.load(row_scale + row).to(tl.float32)
+        # In place: nobody may overwrite a logit that another thread's reduction has still to read.
+        tl.debug_barrier()
+        if kept != 0.0:
+            write_gradient(
+                base, dlogits + to, start, stop, lead, label + lead, z_target, weights, k, softcap, offset,
+                peak, a * factor, b * factor, c * factor, peak_grad * factor, target * factor,
+                spread * factor,
+                LANES, WIDTH, SOFTCAP, SMOOTHED, WEIGHTED,
+                THROUGH == BY_COLLISION, THROUGH == BY_ENTROPY, THROUGH == BY_MAX_PROB, MODE,
+            )  # fmt: skip
+    else:
+        store_ignored(rows, loss, row, n_rows)
+    if kept == 0.0:
+        write_zeros(dlogits + to, start, stop, lead, LANES, WIDTH)

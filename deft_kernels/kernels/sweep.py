@@ -1,0 +1,110 @@
+"""The gradient's pass over a row: e_j (A + B e_j + C x_j) + PEAK_GRAD [z_j is the max], then the target."""
+
+import triton
+import triton.language as tl
+
+from .device import VANISHED, exp2, fma, softcapped
+
+
+@triton.jit
+def tile_gradient(
+    raw, columns, inside, class_weight, k, softcap, offset, peak, a, b, c, peak_grad, spread,
+    SOFTCAP: tl.constexpr, SMOOTHED: tl.constexpr, WEIGHTED: tl.constexpr, SQUARES: tl.constexpr,
+    LOGS: tl.constexpr, PEAKS: tl.constexpr, MODE: tl.constexpr,
+):  # fmt: skip
+    """Gradient of a tile of logits in fp32; exponent, square and logarithm terms only where asked for."""
+    z = softcapped(raw.to(tl.float32), softcap, SOFTCAP)
+    x = fma(z, k, -offset, MODE)
+    if LOGS:
+        x = tl.maximum(x, VANISHED)
+    e = exp2(x, MODE)
+    factor = a
+    if SQUARES:
+        factor = fma(e, b, factor, MODE)
+    if LOGS:
+        factor = fma(x, c, factor, MODE)
+    d = e * factor
+    if PEAKS:
+        d += tl.where(z == peak, peak_grad, 0.0)
+    if SMOOTHED:
+        if WEIGHTED:
+            d -= spread * tl.load(class_weight + columns, mask=inside, other=0.0).to(tl.float32)
+        else:
+            d -= spread
+    if SOFTCAP:
+        ratio = z / softcap
+        d *= 1.0 - ratio * ratio
+    return d
+
+
+@triton.jit
+def write_gradient(
+    in_ptr, out_ptr, start, stop, lead, label, z_target, class_weight, k, softcap, offset, peak,
+    a, b, c, peak_grad, target, spread,
+    LANES: tl.constexpr, WIDTH: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHED: tl.constexpr,
+    WEIGHTED: tl.constexpr, SQUARES: tl.constexpr, LOGS: tl.constexpr, PEAKS: tl.constexpr,
+    MODE: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the columns [start, stop) of a row; `in_ptr` and `out_ptr` may be the same.
+
+    The target's element is written last, over what the loop wrote, instead of being compared everywhere.
+    """
+    TILE: tl.constexpr = LANES * WIDTH
+    tile = (tl.arange(0, LANES) * WIDTH)[:, None] + tl.arange(0, WIDTH)[None, :]
+    first = tl.multiple_of(start - lead, WIDTH)
+    if lead > 0:
+        columns = first + tile
+        inside = (columns >= start) & (columns < stop)
+        raw = tl.load(in_ptr + columns, mask=inside, other=0.0)
+        d = tile_gradient(
+            raw, columns, inside, class_weight, k, softcap, offset, peak, a, b, c, peak_grad, spread,
+            SOFTCAP, SMOOTHED, WEIGHTED, SQUARES, LOGS, PEAKS, MODE,
+        )  # fmt: skip
+        tl.store(out_ptr + columns, d.to(out_ptr.dtype.element_ty), mask=inside)
+        first += TILE
+    turns = tl.maximum(stop - first, 0) // (2 * TILE)
+    for _ in range(turns):
+        columns = first + tile
+        raw0 = tl.load(in_ptr + columns)
+        raw1 = tl.load(in_ptr + TILE + columns)
+        d0 = tile_gradient(
+            raw0, columns, columns >= 0, class_weight, k, softcap, offset, peak, a, b, c, peak_grad, spread,
+            SOFTCAP, SMOOTHED, WEIGHTED, SQUARES, LOGS, PEAKS, MODE,
+        )  # fmt: skip
+        d1 = tile_gradient(
+            raw1, TILE + columns, columns >= 0, class_weight, k, softcap, offset, peak, a, b, c, peak_grad,
+            spread, SOFTCAP, SMOOTHED, WEIGHTED, SQUARES, LOGS, PEAKS, MODE,
+        )  # fmt: skip
+        tl.store(out_ptr + columns, d0.to(out_ptr.dtype.element_ty))
+        tl.store(out_ptr + TILE + columns, d1.to(out_ptr.dtype.element_ty))
+        first += 2 * TILE
+    while first < stop:
+        columns = first + tile
+        inside = columns < stop
+        raw = tl.load(in_ptr + columns, mask=inside, other=0.0)
+        d = tile_gradient(
+            raw, columns, inside, class_weight, k, softcap, offset, peak, a, b, c, peak_grad, spread,
+            SOFTCAP, SMOOTHED, WEIGHTED, SQUARES, LOGS, PEAKS, MODE,
+        )  # fmt: skip
+        tl.store(out_ptr + columns, d.to(out_ptr.dtype.element_ty), mask=inside)
+        first += TILE
+    if SOFTCAP:
+        ratio = z_target / softcap
+        target *= 1.0 - ratio * ratio
+    # Other threads wrote this element in the loop; they must be done before it is written again.
+    tl.debug_barrier()
+    if (label >= start) & (label < stop):
+        tl.store(out_ptr + label, target.to(out_ptr.dtype.element_ty))
+
+
+@triton.jit
+def write_zeros(out_ptr, start, stop, lead, LANES: tl.constexpr, WIDTH: tl.constexpr):
+    """Zeros into the columns [start, stop): a row that is not kept, whose logits are not even read."""
+    TILE: tl.constexpr = LANES * WIDTH
+    tile = (tl.arange(0, LANES) * WIDTH)[:, None] + tl.arange(0, WIDTH)[None, :]
+    first = tl.multiple_of(start - lead, WIDTH)
+    while first < stop:
+        columns = first + tile
+        zeros = tl.zeros((LANES, WIDTH), out_ptr.dtype.element_ty)
+        tl.store(out_ptr + columns, zeros, mask=(columns >= start) & (columns < stop))
+        first += TILE
