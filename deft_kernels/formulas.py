@@ -132,11 +132,13 @@ def _weighted(objective: Objective, logp: Tensor, entropy: Tensor) -> Evaluation
         return Evaluation(loss, torch.ones_like(logp), weight, d_logp)
     ratio = entropy.clamp(min=0.0) / math.log(objective.top_k)
     weight = ratio.pow(objective.power)
-    loss = -weight * logp
+    # A row of entropy 0 has weight 0, and an impossible target there is 0 * inf.
+    seen = torch.where(weight == 0, 0.0, logp)
+    loss = -weight * seen
     if objective.detach:
         return Evaluation(loss, torch.zeros_like(logp), weight, -weight)
     slope = torch.where(entropy <= 0, 0.0, objective.power * weight / entropy)
-    return Evaluation(loss, torch.zeros_like(logp), weight, -weight, d_entropy=-slope * logp)
+    return Evaluation(loss, torch.zeros_like(logp), weight, -weight, d_entropy=-slope * seen)
 
 
 def coefficients(

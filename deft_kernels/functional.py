@@ -23,8 +23,10 @@ def _aligned(labels: Tensor, shift: bool, ignore_index: int) -> Tensor:
     if shift:
         if labels.dim() == 0:
             raise ValueError("shift: needs labels with a time dimension, got a scalar")
-        labels = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
-    return labels.reshape(-1)
+        if labels.shape[-1] > 0:
+            labels = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
+    # The kernels step through labels one by one: a strided vector would be read wrong.
+    return labels.reshape(-1).contiguous()
 
 
 def _addressable(logits: Tensor) -> Tensor:
@@ -150,6 +152,7 @@ def deft_loss(
     settings["label_smoothing"] = arguments.number("label_smoothing", label_smoothing, 0.0, 1.0)
     chosen = backends.choose(backend, logits.device, logits.dtype)
     shape, flat = labels.shape, _aligned(labels, shift, ignore_index)
+    weight = None if weight is None else weight.contiguous()
     weighting = _Weighting(reduction, token_weight, weight, num_items)
 
     if callable(objective) and not isinstance(objective, Objective):
@@ -201,7 +204,7 @@ class _Weighting:
         self.reduction = reduction
         self.token_weight = None if token_weight is None else token_weight.reshape(-1)
         self.class_weight = class_weight
-        self.num_items = num_items
+        self.num_items = num_items.reshape(()) if isinstance(num_items, Tensor) else num_items
 
     def denominator(self, kept: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor | float:
         """Of a mean; 1 instead of 0, so that a batch without rows to count has loss 0."""
@@ -218,17 +221,22 @@ class _Weighting:
 
     def reduce(self, rows: Tensor, kept: Tensor, labels: Tensor) -> Tensor:
         if self.token_weight is not None:
-            rows = rows * self.token_weight.to(rows.dtype)
+            rows = rows * self._token_weight(kept, rows.dtype)
         if self.reduction == "none":
             return rows
         total = rows.sum()
         return total if self.reduction == "sum" else total / self.denominator(kept, labels, rows.dtype)
 
+    def _token_weight(self, kept: Tensor, dtype: torch.dtype) -> Tensor:
+        """Padding may hold anything, NaN included: rows that are not kept take no part."""
+        assert self.token_weight is not None
+        return torch.where(kept, self.token_weight.to(dtype), 0.0)
+
     def row_scale(self, kept: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
         """d loss / d row for a mean or a sum, [N]."""
         scale = torch.ones(labels.shape, dtype=dtype, device=labels.device)
         if self.token_weight is not None:
-            scale = scale * self.token_weight.to(dtype)
+            scale = scale * self._token_weight(kept, dtype)
         return scale / self.denominator(kept, labels, dtype)
 
     @property

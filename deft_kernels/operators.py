@@ -199,11 +199,15 @@ def _(logits, labels, ignore_index, code, numbers):
 
 
 def scalar_upstream(ctx: Any, upstream: Tensor) -> Tensor:
-    """The gradient that the forward left on `ctx`, for this upstream; computed anew if it was given away."""
+    """The gradient that the forward left on `ctx`, for this upstream; computed anew if it was given away.
+
+    Also anew with create_graph=True: the stored tensor has no history, and whoever differentiates a second
+    time would silently get nothing, where `logits_gradient` raises.
+    """
     logits, labels, row_scale, class_weight, rows = ctx.saved_tensors
     # Handing out the one reference lets autograd keep the tensor as .grad without a copy.
     dlogits, ctx.dlogits = ctx.dlogits, None
-    if dlogits is None:
+    if dlogits is None or torch.is_grad_enabled():
         upstream_rows = (upstream * row_scale).to(rows.dtype)
         return logits_gradient(logits, labels, class_weight, rows, upstream_rows, ctx.code, ctx.numbers)
     args = (upstream, logits, labels, row_scale, class_weight, rows, ctx.code, ctx.numbers)
@@ -211,7 +215,7 @@ def scalar_upstream(ctx: Any, upstream: Tensor) -> Tensor:
     return dlogits
 
 
-def _no_double_backward(ctx: Any, *grads: Any) -> None:
+def _no_double_backward(*_: Any) -> None:
     raise RuntimeError(
         "deft_kernels: the backward is not differentiable a second time (create_graph=True); "
         'use backend="reference" for second derivatives'
@@ -232,6 +236,8 @@ def _row_loss_backward(ctx: Any, dloss: Tensor, _: Any) -> Any:
     logits, labels, class_weight, rows = ctx.saved_tensors
     args = (labels, class_weight, rows, dloss, ctx.code, ctx.numbers)
     if decode(ctx.code, ctx.numbers).inplace:
+        if torch.is_grad_enabled():
+            _no_double_backward()
         # detach shares storage and version counter: a later use of the logits raises.
         overwritten = logits.detach()
         logits_gradient_(overwritten, *args)
@@ -304,8 +310,10 @@ class InPlaceLoss(torch.autograd.Function):
         return total, rows
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dtotal: Tensor, _: Any) -> Any:
+        # once_differentiable speaks up only when dtotal itself carries a graph.
+        if torch.is_grad_enabled():
+            _no_double_backward()
         labels, row_scale, class_weight, rows = ctx.saved_tensors
         dlogits, ctx.dlogits = ctx.dlogits, None
         if dlogits is None:

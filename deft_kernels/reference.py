@@ -62,7 +62,8 @@ def row_objective(
         return (held(p) * -finite).masked_fill(impossible, 0.0), torch.ones_like(logp), p
     if objective.name == "eaft":
         weight = (stats["entropy"].clamp(min=0) / math.log(objective.top_k)) ** objective.power
-        return held(weight) * -logp, torch.zeros_like(logp), weight
+        # A row of entropy 0 has weight 0, and an impossible target there is 0 * inf.
+        return held(weight) * -logp.masked_fill(weight == 0, 0.0), torch.zeros_like(logp), weight
 
     if objective.focus == "fixed":
         alpha = torch.full_like(logp, objective.alpha)

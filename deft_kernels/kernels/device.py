@@ -11,12 +11,12 @@ INTERPRETED = tl.constexpr(0)
 PTX = tl.constexpr(1)
 GENERIC = tl.constexpr(2)
 
-# Finite stand-in for the logarithm of nothing: (-inf) - (-inf) would be NaN, -1e38 - -1e38 is 0.
-LOWEST = tl.constexpr(-1e38)
+# Finite stand-in for the offset of nothing: (-inf) - (-inf) would be NaN. Far above k times the stand-in
+# for a masked logit below, so that a masked logit is 0 even in a lane that has seen nothing else.
+LOWEST = tl.constexpr(-1e25)
+MASKED_LOGIT = tl.constexpr(-1e37)
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
-# Below this 2^x is 0 in fp32; keeps a masked logit from making 0 * -inf in the entropy.
-VANISHED = tl.constexpr(-2000.0)
 
 
 @triton.jit
@@ -41,8 +41,8 @@ def fma(x, y, z, MODE: tl.constexpr):
 
 
 @triton.jit
-def log2(x):
-    """log2 of a scalar to about one fp32 ulp; the hardware's lg2.approx is off by 2.4e-7 near 1.
+def log(x):
+    """Natural logarithm of a scalar to about one fp32 ulp; the hardware's is off by 2.4e-7 near 1.
 
     x = 2^n m, m in [sqrt(1/2), sqrt(2)):  ln m = 2 artanh(w), w = (m - 1) / (m + 1).
     """
@@ -52,13 +52,22 @@ def log2(x):
     high = m > 1.4142135
     m = tl.where(high, 0.5 * m, m)
     n = tl.where(high, n + 1, n).to(tl.float32)
-    w = (m - 1.0) / (m + 1.0)
-    v = w * w
-    series = 1.0 + v * (0.33333334 + v * (0.2 + v * (0.14285715 + v * 0.11111111)))
-    result = n + (2.0 * LOG2E) * w * series
     # Zero, infinite, NaN and denormal arguments keep the hardware's answer.
     ordinary = (x >= 1.1754944e-38) & (x < float("inf"))
-    return tl.where(ordinary, result, tl.log2(x))
+    return tl.where(ordinary, n * LN2 + twice_artanh((m - 1.0) / (m + 1.0)), tl.log(x))
+
+
+@triton.jit
+def twice_artanh(w):
+    """2 artanh(w) for |w| <= 0.18."""
+    v = w * w
+    return 2.0 * w * (1.0 + v * (0.33333334 + v * (0.2 + v * (0.14285715 + v * 0.11111111))))
+
+
+@triton.jit
+def log1p(x):
+    """ln(1 + x) for x >= 0, to about one ulp at small x too."""
+    return tl.where(x < 0.4, twice_artanh(x / (2.0 + x)), log(1.0 + x))
 
 
 @triton.jit
@@ -84,3 +93,36 @@ def softcapped(z, softcap, SOFTCAP: tl.constexpr):
         return softcap * tanh(z / softcap)
     else:
         return z
+
+
+@triton.jit
+def finite(z, FLOOR: tl.constexpr):
+    """A masked logit as a finite one of probability 0, so that p log p is 0 and not 0 * -inf.
+
+    In the logits' own dtype: on packed bf16 or fp16 this is half an instruction a logit, after the
+    conversion to fp32 a whole one.
+    """
+    if z.dtype == tl.float16:
+        return tl.maximum(z, tl.full((), -65504.0, z.dtype))
+    else:
+        return tl.maximum(z, tl.full((), FLOOR, z.dtype))
+
+
+@triton.jit
+def comparable(z, MODE: tl.constexpr):
+    """Logits in a dtype whose maximum can be taken: the interpreter compares bf16 as integers."""
+    if MODE == INTERPRETED:
+        return z.to(tl.float32)
+    else:
+        return z
+
+
+@triton.jit
+def narrowed(d, to, MODE: tl.constexpr):
+    """fp32 to the pointer's element type, to nearest even; the interpreter cuts bf16 off instead."""
+    if MODE == INTERPRETED and to.dtype.element_ty == tl.bfloat16:
+        bits = d.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        return d.to(to.dtype.element_ty)

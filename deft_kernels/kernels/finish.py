@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .device import LN2, exp2, expm1, fma, log2
+from .device import LN2, expm1, fma, log1p
 
 # Where the derivative by the focus index goes on to, when the gate is not held constant.
 HELD = tl.constexpr(0)
@@ -23,19 +23,25 @@ def finish_row(
 ):  # fmt: skip
     """Write one row's loss and fields (in the order of `statistics.Field`); return its gradient fields.
 
+    s, u, t: without the largest column, which `peak` stands for (see `state`).
     z_target: the target's logit, soft-capped; NaN for a label out of range, so that the row shows it.
     """
-    log2_s = log2(s)
-    logp2 = fma(z_target, k, -offset, MODE) - log2_s
-    logp = logp2 * LN2
-    p = tl.exp2(logp2)
-    lse = (offset + log2_s) * LN2
-    collision = u / (s * s)
-    max_prob = tl.exp2(fma(peak, k, -offset, MODE)) / s
+    # The largest probability's own 2^x, then everything relative to it: ln(1 + rest) keeps the digits of a
+    # confident row, and differences of logits are exact where lse would be rounded at the size of the logits.
+    x_peak = fma(peak, k, -offset, MODE)
+    e_peak = tl.exp2(x_peak)
+    log_sum = log1p(s / e_peak)
+    logp = (z_target - peak) / temperature - log_sum
+    p = tl.exp(logp)
+    lse = peak / temperature + log_sum
+    rest_sum = s
+    s += e_peak
+    collision = (u + e_peak * e_peak) / (s * s)
+    max_prob = e_peak / s
     entropy = 0.0 * s
     if ENTROPY:
-        entropy = tl.maximum((log2_s - t / s) * LN2, 0.0)
-        entropy = tl.where(s == s, entropy, s)
+        entropy = log_sum - LN2 * (t - x_peak * rest_sum) / s
+        entropy = tl.where(entropy < 0.0, 0.0, entropy)
 
     focus, slope = FOCUS(p, collision, entropy, max_prob, alpha, eps, power, scale, floor)
     loss, gate, d_focus = FAMILY(logp, focus, eps, THROUGH == HELD)
@@ -92,7 +98,7 @@ def finish_row(
         rest -= through
         target += tl.where(z_target >= peak, peak_grad, 0.0)
     target = (target + p * rest + extra) / temperature
-    a = (g + rest - c * LN2 * log2_s) / (s * temperature)
+    a = (g + rest - c * (log_sum + LN2 * x_peak)) / (s * temperature)
     b = b / (s * s * temperature)
     c = c * LN2 / (s * temperature)
     peak_grad = peak_grad / temperature

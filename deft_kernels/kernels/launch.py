@@ -20,6 +20,8 @@ from .device import GENERIC, INTERPRETED, PTX
 from .row_kernels import finish_kernel, fused_kernel, gradient_kernel, scale_kernel, statistics_kernel
 
 STATE_SIZE = 7
+# Contraction of products and sums, said aloud because Triton 3.10 changes the default.
+OPTIONS = {"enable_fp_fusion": True}
 SLICE_TURNS = 8  # columns of a gradient program, in turns of two tiles: long enough to amortise its row
 
 
@@ -159,7 +161,7 @@ def row_loss(
         floor=0.5 * (spec.objective.mean_prob or 0.0), **call.scalars, **call.constants,
         WEIGHTED=call.weighted, SOFTCAP=call.softcap, TIES=spec.peaks, STORED=stored,
         PEEL=_peel(plan.width, logits), LANES=plan.lanes, WIDTH=plan.width, MODE=call.mode,
-        num_warps=plan.num_warps,
+        num_warps=plan.num_warps, **OPTIONS,
     )  # fmt: skip
     if stored:
         _finish(call, rows, loss, states, splits, ignore_index)
@@ -176,7 +178,7 @@ def _finish(
             call.labels, call.class_weight, call.weight_total, floor, rows, loss, states,
             call.count, splits, call.vocabulary, ignore_index, call.k, spec.temperature,
             **call.scalars, **constants, WEIGHTED=call.weighted, BATCH=batch,
-            SPLITS=triton.next_power_of_2(splits), MODE=call.mode, num_warps=1,
+            SPLITS=triton.next_power_of_2(splits), MODE=call.mode, num_warps=1, **OPTIONS,
         )  # fmt: skip
 
     if spec.objective.needs_batch:
@@ -213,7 +215,7 @@ def row_loss_with_gradient(
         spread=spec.label_smoothing / call.vocabulary / spec.temperature, **call.constants,
         WEIGHTED=call.weighted, SOFTCAP=call.softcap, TIES=spec.peaks,
         PEEL=_peel(plan.width, logits, out), LANES=plan.lanes, WIDTH=plan.width, MODE=call.mode,
-        num_warps=plan.num_warps,
+        num_warps=plan.num_warps, **OPTIONS,
     )  # fmt: skip
     return loss, rows
 
@@ -254,7 +256,7 @@ def gradient(
         UPSTREAM=upstream is not None, SQUARES=spec.squares, LOGS=spec.logs, PEAKS=spec.peaks,
         SMOOTHED=spec.label_smoothing > 0, WEIGHTED=call.weighted, SOFTCAP=call.softcap,
         PEEL=_peel(plan.width, logits, out), LANES=plan.lanes, WIDTH=plan.width, MODE=call.mode,
-        num_warps=plan.num_warps,
+        num_warps=plan.num_warps, **OPTIONS,
     )  # fmt: skip
 
 
@@ -278,5 +280,5 @@ def match_upstream(
     inner, outer, stride = _strides(dlogits)
     scale_kernel[(labels.numel(),)](
         dlogits, upstream, inner, outer, stride, dlogits.shape[-1],
-        LANES=plan.lanes, WIDTH=plan.width, num_warps=plan.num_warps,
+        LANES=plan.lanes, WIDTH=plan.width, MODE=_mode(), num_warps=plan.num_warps, **OPTIONS,
     )  # fmt: skip

@@ -9,7 +9,7 @@
 import triton
 import triton.language as tl
 
-from .device import PTX, softcapped
+from .device import narrowed, softcapped
 from .finish import BY_COLLISION, BY_ENTROPY, BY_MAX_PROB, finish_row, store_ignored
 from .state import combine, count_ties, reduce_row
 from .sweep import write_gradient, write_zeros
@@ -142,13 +142,13 @@ def finish_kernel(
         at = states + row.to(tl.int64) * splits * 7 + part * 7
         inside = part < splits
         peak = tl.load(at, mask=inside, other=float("-inf"))
-        offset = tl.load(at + 1, mask=inside, other=-1e38)
+        offset = tl.load(at + 1, mask=inside, other=-1e25)
         s = tl.load(at + 2, mask=inside, other=0.0)
         u = tl.load(at + 3, mask=inside, other=0.0)
         t = tl.load(at + 4, mask=inside, other=0.0)
         zsum = tl.load(at + 5, mask=inside, other=0.0)
         z_target = tl.load(states + row.to(tl.int64) * splits * 7 + 6)
-        peak, offset, s, u, t, zsum = combine(peak, offset, s, u, t, zsum, k, ENTROPY, MODE)
+        peak, offset, s, u, t, zsum = combine(peak, offset, s, u, t, zsum, k, SPLITS, ENTROPY, MODE)
         w_target, total = weights_of(class_weight, weight_total, label, vocabulary, WEIGHTED)
         finish_row(
             rows, loss, row, n_rows, z_target, w_target, total, peak, offset, s, u, t, zsum, 0.0,
@@ -224,7 +224,7 @@ def scale_kernel(
     dlogits,  # [N, V]
     upstream,  # [1]
     inner, out_outer, out_inner, vocabulary,
-    LANES: tl.constexpr, WIDTH: tl.constexpr,
+    LANES: tl.constexpr, WIDTH: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     """dlogits times a scalar on the device; nothing at all when it is 1."""
     scalar = tl.load(upstream).to(tl.float32)
@@ -234,7 +234,7 @@ def scale_kernel(
             columns = first + tl.arange(0, LANES * WIDTH)
             inside = columns < vocabulary
             d = tl.load(base + columns, mask=inside).to(tl.float32) * scalar
-            tl.store(base + columns, d.to(dlogits.dtype.element_ty), mask=inside)
+            tl.store(base + columns, narrowed(d, dlogits, MODE), mask=inside)
 
 
 @triton.jit

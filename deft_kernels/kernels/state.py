@@ -2,20 +2,22 @@
 
 State, in the log2 domain with x_j = k z_j - offset, k = log2(e) / temperature:
 
-    s = sum 2^x_j    u = sum 2^(2 x_j)    t = sum 2^x_j x_j    z = sum w_j z_j    peak = max z_j
+    peak = max z_j    s = sum 2^x_j    u = sum 2^(2 x_j)    t = sum 2^x_j x_j    zsum = sum w_j z_j
 
-`offset` is any number near the largest k z_j; it is the same rounded number everywhere, so its rounding
-cancels. States with different offsets combine (`rescale`), which serves lanes, programs and ranks alike;
-the identity has offset LOWEST and zero sums.
+where s, u and t run over all columns but one: the largest, which `peak` stands for. Its 2^x is about 1, and a
+sum that holds it has lost the digits of a confident row's remainder, which is what that row's loss is made
+of. `offset` is any number near the largest k z_j; it is the same rounded number everywhere, so its rounding
+cancels. States with different offsets combine, which serves programs and ranks alike; the identity has peak
+-inf, offset LOWEST and zero sums.
 
-Every lane (one thread) keeps a state of its own over its columns, 16 bytes of logits a load, and lanes meet
-once a row: no barrier and no shuffle in the loop.
+Every lane (one thread) first keeps sums of its own over its columns, the largest included, 16 bytes of
+logits a load, and lanes meet once a row: no barrier and no shuffle in the loop.
 """
 
 import triton
 import triton.language as tl
 
-from .device import LOWEST, VANISHED, exp2, fma, softcapped
+from .device import LOWEST, MASKED_LOGIT, comparable, exp2, finite, fma, softcapped
 
 
 @triton.jit
@@ -35,38 +37,33 @@ def offset_of(peak, k):
 
 @triton.jit
 def tile_sums(z, offset, k, ENTROPY: tl.constexpr, MODE: tl.constexpr):
-    """2^x, its square and 2^x x for a tile [LANES, WIDTH], `offset` [LANES, 1]; fp32."""
-    x = fma(z, k, -offset, MODE)
-    if ENTROPY:
-        x = tl.maximum(x, VANISHED)
-    e = exp2(x, MODE)
-    return e, x
+    """(2^x, x) in fp32 for a tile of logits [LANES, WIDTH], `offset` [LANES, 1]."""
+    x = fma(z.to(tl.float32), k, -offset, MODE)
+    return exp2(x, MODE), x
 
 
 @triton.jit
-def load_tile(
-    row_ptr, columns, start, stop, softcap, MASKED: tl.constexpr, SOFTCAP: tl.constexpr
-):
-    """A tile of logits; masked columns read as -inf, which adds nothing to any sum."""
-    if MASKED:
-        inside = (columns >= start) & (columns < stop)
-        z = tl.load(row_ptr + columns, mask=inside, other=float("-inf"))
-    else:
-        z = tl.load(row_ptr + columns)
+def load_masked(row_ptr, columns, start, stop, softcap, SOFTCAP: tl.constexpr):
+    """A tile of transformed logits in fp32; columns outside [start, stop) are -inf and add nothing."""
+    inside = (columns >= start) & (columns < stop)
+    z = tl.load(row_ptr + columns, mask=inside, other=float("-inf")).to(tl.float32)
+    z = softcapped(z, softcap, SOFTCAP)
+    if SOFTCAP:
+        z = tl.where(inside, z, float("-inf"))
     return z
 
 
 @triton.jit
 def absorb(
-    z, columns, start, stop, peak, offset, s, u, t, zsum, class_weight, k, softcap,
-    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHED: tl.constexpr, WEIGHTED: tl.constexpr,
-    ENTROPY: tl.constexpr, MODE: tl.constexpr,
+    row_ptr, columns, start, stop, peak, offset, s, u, t, zsum, class_weight, k, softcap,
+    SOFTCAP: tl.constexpr, SMOOTHED: tl.constexpr, WEIGHTED: tl.constexpr, ENTROPY: tl.constexpr,
+    MODE: tl.constexpr,
 ):  # fmt: skip
-    """One tile into the lanes' states; the loop for heads, tails and transformed logits."""
-    z = softcapped(z.to(tl.float32), softcap, SOFTCAP)
+    """One masked tile into the lanes' sums; the loop for heads, tails and transformed logits."""
     inside = (columns >= start) & (columns < stop)
-    if SOFTCAP and MASKED:
-        z = tl.where(inside, z, float("-inf"))
+    z = load_masked(row_ptr, columns, start, stop, softcap, SOFTCAP)
+    if ENTROPY:
+        z = finite(z, MASKED_LOGIT)
     peak = tl.maximum(peak, tl.max(z, 1))
     moved = offset_of(peak, k)
     s, u, t = rescale(offset, s, u, t, moved, ENTROPY, MODE)
@@ -106,10 +103,9 @@ def reduce_row(
     zsum = tl.zeros((LANES,), tl.float32)
 
     first = tl.multiple_of(start - lead, WIDTH)
-    z = load_tile(row_ptr, first + tile, start, stop, softcap, True, SOFTCAP)
     peak, offset, s, u, t, zsum = absorb(
-        z, first + tile, start, stop, peak, offset, s, u, t, zsum, class_weight, k, softcap,
-        True, SOFTCAP, SMOOTHED, WEIGHTED, ENTROPY, MODE,
+        row_ptr, first + tile, start, stop, peak, offset, s, u, t, zsum, class_weight, k, softcap,
+        SOFTCAP, SMOOTHED, WEIGHTED, ENTROPY, MODE,
     )  # fmt: skip
     first += TILE
 
@@ -120,15 +116,20 @@ def reduce_row(
             z1 = tl.load(row_ptr + first + TILE + tile)
             z2 = tl.load(row_ptr + first + 2 * TILE + tile)
             z3 = tl.load(row_ptr + first + 3 * TILE + tile)
+            z0, z1 = comparable(z0, MODE), comparable(z1, MODE)
+            z2, z3 = comparable(z2, MODE), comparable(z3, MODE)
+            if ENTROPY:
+                z0, z1 = finite(z0, MASKED_LOGIT), finite(z1, MASKED_LOGIT)
+                z2, z3 = finite(z2, MASKED_LOGIT), finite(z3, MASKED_LOGIT)
             highest = tl.maximum(tl.maximum(z0, z1), tl.maximum(z2, z3))
             peak = tl.maximum(peak, tl.max(highest, 1).to(tl.float32))
             moved = offset_of(peak, k)
             s, u, t = rescale(offset, s, u, t, moved, ENTROPY, MODE)
             offset = moved
-            e0, x0 = tile_sums(z0.to(tl.float32), offset[:, None], k, ENTROPY, MODE)
-            e1, x1 = tile_sums(z1.to(tl.float32), offset[:, None], k, ENTROPY, MODE)
-            e2, x2 = tile_sums(z2.to(tl.float32), offset[:, None], k, ENTROPY, MODE)
-            e3, x3 = tile_sums(z3.to(tl.float32), offset[:, None], k, ENTROPY, MODE)
+            e0, x0 = tile_sums(z0, offset[:, None], k, ENTROPY, MODE)
+            e1, x1 = tile_sums(z1, offset[:, None], k, ENTROPY, MODE)
+            e2, x2 = tile_sums(z2, offset[:, None], k, ENTROPY, MODE)
+            e3, x3 = tile_sums(z3, offset[:, None], k, ENTROPY, MODE)
             s += tl.sum((e0 + e1) + (e2 + e3), 1)
             squares = fma(e3, e3, fma(e2, e2, fma(e1, e1, e0 * e0, MODE), MODE), MODE)
             u += tl.sum(squares, 1)
@@ -137,22 +138,55 @@ def reduce_row(
             first += 4 * TILE
 
     while first < stop:
-        z = load_tile(row_ptr, first + tile, start, stop, softcap, True, SOFTCAP)
         peak, offset, s, u, t, zsum = absorb(
-            z, first + tile, start, stop, peak, offset, s, u, t, zsum, class_weight, k, softcap,
-            True, SOFTCAP, SMOOTHED, WEIGHTED, ENTROPY, MODE,
+            row_ptr, first + tile, start, stop, peak, offset, s, u, t, zsum, class_weight, k, softcap,
+            SOFTCAP, SMOOTHED, WEIGHTED, ENTROPY, MODE,
         )  # fmt: skip
         first += TILE
 
-    return combine(peak, offset, s, u, t, zsum, k, ENTROPY, MODE)
+    # Lanes into one, and the lane that holds the row's largest logit summed again without it.
+    lane = tl.arange(0, LANES)
+    joint = tl.max(offset, 0)
+    s, u, t = rescale(offset, s, u, t, joint, ENTROPY, MODE)
+    highest, winner = tl.max(peak, 0, return_indices=True)
+    taken = stop + 0
+    s0 = tl.zeros((LANES,), tl.float32)
+    u0 = tl.zeros((LANES,), tl.float32)
+    t0 = tl.zeros((LANES,), tl.float32)
+    first = tl.multiple_of(start - lead, WIDTH)
+    while first < stop:
+        columns = first + (lane * TILE)[:, None] + winner * WIDTH + tl.arange(0, WIDTH)[None, :]
+        z = load_masked(row_ptr, columns, start, stop, softcap, SOFTCAP)
+        # One of them, should several be equally large.
+        taken = tl.minimum(taken, tl.min(tl.min(tl.where(z == highest, columns, stop), 1), 0))
+        z = tl.where(columns == taken, float("-inf"), z)
+        if ENTROPY:
+            z = finite(z, MASKED_LOGIT)
+        e, x = tile_sums(z, joint, k, ENTROPY, MODE)
+        s0 += tl.sum(e, 1)
+        u0 += tl.sum(e * e, 1)
+        if ENTROPY:
+            t0 += tl.sum(e * x, 1)
+        first += LANES * TILE
+    s = tl.sum(tl.where(lane == winner, 0.0, s) + s0, 0)
+    u = tl.sum(tl.where(lane == winner, 0.0, u) + u0, 0)
+    t = tl.sum(tl.where(lane == winner, 0.0, t) + t0, 0)
+    return highest, joint, s, u, t, tl.sum(zsum, 0)
 
 
 @triton.jit
-def combine(peak, offset, s, u, t, zsum, k, ENTROPY: tl.constexpr, MODE: tl.constexpr):
-    """States along axis 0 into one."""
+def combine(peak, offset, s, u, t, zsum, k, SPLITS: tl.constexpr, ENTROPY: tl.constexpr, MODE: tl.constexpr):
+    """States along axis 0 into one: all but one give up the column that their peak stands for."""
     joint = tl.max(offset, 0)
     s, u, t = rescale(offset, s, u, t, joint, ENTROPY, MODE)
-    return tl.max(peak, 0), joint, tl.sum(s, 0), tl.sum(u, 0), tl.sum(t, 0), tl.sum(zsum, 0)
+    highest, winner = tl.max(peak, 0, return_indices=True)
+    e, x = tile_sums(peak, joint, k, ENTROPY, MODE)
+    other = tl.arange(0, SPLITS) != winner
+    s += tl.where(other, e, 0.0)
+    u += tl.where(other, e * e, 0.0)
+    if ENTROPY:
+        t += tl.where(other & (e > 0.0), e * x, 0.0)
+    return highest, joint, tl.sum(s, 0), tl.sum(u, 0), tl.sum(t, 0), tl.sum(zsum, 0)
 
 
 @triton.jit
@@ -164,8 +198,6 @@ def count_ties(
     tile = (tl.arange(0, LANES) * WIDTH)[:, None] + tl.arange(0, WIDTH)[None, :]
     count = tl.zeros((LANES,), tl.float32)
     for first in range(start, stop, TILE):
-        z = load_tile(row_ptr, first + tile, start, stop, softcap, True, SOFTCAP)
-        z = softcapped(z.to(tl.float32), softcap, SOFTCAP)
-        inside = (first + tile) < stop
-        count += tl.sum(tl.where(inside & (z == peak), 1.0, 0.0), 1)
+        z = load_masked(row_ptr, first + tile, start, stop, softcap, SOFTCAP)
+        count += tl.sum(tl.where((first + tile < stop) & (z == peak), 1.0, 0.0), 1)
     return tl.sum(count, 0)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .device import VANISHED, exp2, fma, softcapped
+from .device import comparable, exp2, finite, fma, narrowed, softcapped
 
 
 @triton.jit
@@ -13,10 +13,11 @@ def tile_gradient(
     LOGS: tl.constexpr, PEAKS: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a tile of logits in fp32; exponent, square and logarithm terms only where asked for."""
+    if LOGS:
+        # -1e30 times C stays finite; the row's offset is a real one here.
+        raw = finite(comparable(raw, MODE), -1e30)
     z = softcapped(raw.to(tl.float32), softcap, SOFTCAP)
     x = fma(z, k, -offset, MODE)
-    if LOGS:
-        x = tl.maximum(x, VANISHED)
     e = exp2(x, MODE)
     factor = a
     if SQUARES:
@@ -60,7 +61,7 @@ def write_gradient(
             raw, columns, inside, class_weight, k, softcap, offset, peak, a, b, c, peak_grad, spread,
             SOFTCAP, SMOOTHED, WEIGHTED, SQUARES, LOGS, PEAKS, MODE,
         )  # fmt: skip
-        tl.store(out_ptr + columns, d.to(out_ptr.dtype.element_ty), mask=inside)
+        tl.store(out_ptr + columns, narrowed(d, out_ptr, MODE), mask=inside)
         first += TILE
     turns = tl.maximum(stop - first, 0) // (2 * TILE)
     for _ in range(turns):
@@ -75,8 +76,8 @@ def write_gradient(
             raw1, TILE + columns, columns >= 0, class_weight, k, softcap, offset, peak, a, b, c, peak_grad,
             spread, SOFTCAP, SMOOTHED, WEIGHTED, SQUARES, LOGS, PEAKS, MODE,
         )  # fmt: skip
-        tl.store(out_ptr + columns, d0.to(out_ptr.dtype.element_ty))
-        tl.store(out_ptr + TILE + columns, d1.to(out_ptr.dtype.element_ty))
+        tl.store(out_ptr + columns, narrowed(d0, out_ptr, MODE))
+        tl.store(out_ptr + TILE + columns, narrowed(d1, out_ptr, MODE))
         first += 2 * TILE
     while first < stop:
         columns = first + tile
@@ -86,7 +87,7 @@ def write_gradient(
             raw, columns, inside, class_weight, k, softcap, offset, peak, a, b, c, peak_grad, spread,
             SOFTCAP, SMOOTHED, WEIGHTED, SQUARES, LOGS, PEAKS, MODE,
         )  # fmt: skip
-        tl.store(out_ptr + columns, d.to(out_ptr.dtype.element_ty), mask=inside)
+        tl.store(out_ptr + columns, narrowed(d, out_ptr, MODE), mask=inside)
         first += TILE
     if SOFTCAP:
         ratio = z_target / softcap
@@ -94,7 +95,7 @@ def write_gradient(
     # Other threads wrote this element in the loop; they must be done before it is written again.
     tl.debug_barrier()
     if (label >= start) & (label < stop):
-        tl.store(out_ptr + label, target.to(out_ptr.dtype.element_ty))
+        tl.store(out_ptr + label, narrowed(target, out_ptr, MODE))
 
 
 @triton.jit

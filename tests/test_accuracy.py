@@ -1,0 +1,85 @@
+"""Both backends against the float64 oracle: every objective, dtype and temperament of row, on odd shapes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from rows import DTYPES, KINDS, gradient_excess, loss_excess, make
+from torch import Tensor
+
+from deft_kernels import deft_loss, objectives
+from deft_kernels.objectives import Objective
+
+# Odd on purpose: below one tile of a warp (256 bf16 columns), and past a head tile and one turn of four.
+SHAPES = ((5, 97), (3, 1531))
+
+EVERY = {
+    "nll": objectives.nll(),
+    "neg_prob": objectives.neg_prob(),
+    "tsallis": objectives.tsallis(0.3),
+    "tsallis-q": objectives.tsallis(q=0.5),
+    "deft": objectives.deft(),
+    "deft-shannon": objectives.deft(1),
+    "deft-max": objectives.deft(math.inf),
+    "deft-eps": objectives.deft(eps=1e-6),
+    "cayley": objectives.cayley(),
+    "cayley-given": objectives.cayley(mean_prob=0.4, eps=1e-8),
+    "rational": objectives.rational(),
+    "rational-fixed": objectives.rational(0.5),
+    "dft": objectives.dft(),
+    "eaft": objectives.eaft(),
+    "eaft-power": objectives.eaft(2.0),
+    "deft-exact": objectives.deft(detach=False),
+    "deft-shannon-exact": objectives.deft(1, detach=False),
+    "deft-max-exact": objectives.deft(math.inf, detach=False),
+    "cayley-exact": objectives.cayley(detach=False),
+    "rational-exact": objectives.rational(detach=False),
+    "dft-exact": objectives.dft(detach=False),
+    "eaft-exact": objectives.eaft(detach=False),
+}
+MAIN = ("nll", "deft", "cayley", "rational", "eaft")
+
+
+def both(z: Tensor, y: Tensor, objective: Objective, backend: str, **keywords: object) -> tuple[Tensor, ...]:
+    """(row losses, gradient, oracle's row losses, oracle's gradient, oracle's d loss / d logp bound)."""
+    upstream = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    mine = z.clone().requires_grad_()
+    loss = deft_loss(mine, y, objective=objective, reduction="none", backend=backend, **keywords)
+    loss.backward(upstream.float())
+    exact = z.double().requires_grad_()
+    oracle, stats = deft_loss(
+        exact, y, objective=objective, reduction="none", backend="reference", return_stats=True, **keywords
+    )
+    # The upstream as the backend got it.
+    oracle.backward(upstream.float().double())
+    assert mine.grad is not None and exact.grad is not None
+    return loss.detach().double(), mine.grad, oracle.detach(), exact.grad, stats.gate
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", MAIN)
+def test_within_the_stated_bounds(name: str, kind: str, dtype: torch.dtype, backend: str, device: str) -> None:
+    """Loss 3e-5 relative; gradient 3e-5 relative (fp32) or one output ulp, 3e-7 absolute free."""
+    for n, vocabulary in SHAPES:
+        z, y = make(kind, n, vocabulary, dtype)
+        on = device if backend == "triton" else "cpu"
+        loss, gradient, oracle, exact, gate = (
+            t.cpu() for t in both(z.to(on), y.to(on), EVERY[name], backend)
+        )
+        assert loss_excess(loss, oracle, gate) <= 1.0
+        assert gradient_excess(gradient, exact) <= 1.0
+
+
+@pytest.mark.parametrize("kind", ("plain", "confident", "conflict", "masked"))
+@pytest.mark.parametrize("name", sorted(set(EVERY) - set(MAIN)))
+def test_every_objective(name: str, kind: str, backend: str, device: str) -> None:
+    """The rest of the table, and the exact gradients through the gate, in fp32."""
+    z, y = make(kind, 4, 1100, torch.float32, seed=3)
+    on = device if backend == "triton" else "cpu"
+    loss, gradient, oracle, exact, gate = (t.cpu() for t in both(z.to(on), y.to(on), EVERY[name], backend))
+    assert loss_excess(loss, oracle, gate) <= 1.0
+    assert gradient_excess(gradient, exact) <= 1.0
