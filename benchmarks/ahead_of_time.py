@@ -165,15 +165,13 @@ def source(variant: Variant) -> tuple[ASTSource, dict[str, Any]]:
         else:
             signature[name] = "fp32"
     compiled = ASTSource(kernel, signature=signature, constexprs=constexprs, attrs=attributes)
-    return compiled, {"num_warps": 1 if variant.kernel == "finish" else plan.num_warps, **launch.OPTIONS}
+    transformed = spec.softcap > 0 or spec.label_smoothing > 0
+    chosen = launch.options(constants["MODE"], transformed)
+    return compiled, {"num_warps": 1 if variant.kernel == "finish" else plan.num_warps, **chosen}
 
 
 def _tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
-
-
-def _logits_per_turn(variant: Variant, plan_width: int, statistics: bool) -> int:
-    return plan_width * (4 if statistics else 2)
 
 
 def disassemble(cubin: bytes) -> str:
@@ -219,7 +217,6 @@ def _main_loops(variant: Variant, sass: str, width: int) -> list[Loop]:
         loads = [text for text in body if re.search(r"\bLDG\.", text)]
         exponentials = sum("MUFU.EX2" in text for text in body)
         wide = [text for text in loads if ".128" in text]
-        stores = [text for text in body if re.search(r"\bSTG\.", text)]
         if len(wide) < 2 or exponentials < width * 2:
             continue
         result.append(
@@ -232,7 +229,6 @@ def _main_loops(variant: Variant, sass: str, width: int) -> list[Loop]:
                 widest_load=128 if wide else 32,
             )
         )
-        del stores
     return result
 
 

@@ -64,7 +64,8 @@ def number(name: str, value: Any, low: float, high: float = math.inf, *, above: 
     """`value` as a float within [low, high], or (low, high] with `above`."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not math.isfinite(value) or value > high or value < low or (above and value == low):
+    # In comparisons, which torch.compile can trace for a symbolic float; NaN fails the first.
+    if not low <= value <= high or abs(value) == math.inf or (above and value == low):
         raise ValueError(f"{name}: expected a finite number in {'(' if above else '['}{low}, {high}], got {value}")
     return float(value)
 

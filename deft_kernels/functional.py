@@ -210,6 +210,8 @@ class _Weighting:
         """Of a mean; 1 instead of 0, so that a batch without rows to count has loss 0."""
         if self.reduction == "sum":
             return 1.0
+        if isinstance(self.num_items, Tensor):
+            return self.num_items.to(dtype)
         if self.num_items is not None:
             return self.num_items
         if self.class_weight is None:

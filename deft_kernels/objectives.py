@@ -119,7 +119,8 @@ def _number(name: str, value: Any, low: float, high: float = math.inf, *, open_l
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     value = float(value)
-    inside = (value > low if open_low else value >= low) and value <= high and math.isfinite(value)
+    # In comparisons, which torch.compile can trace for a symbolic float; NaN fails the first.
+    inside = (value > low if open_low else value >= low) and value <= high and abs(value) != math.inf
     if not inside:
         bracket = "(" if open_low else "["
         raise ValueError(f"{name}: expected a finite number in {bracket}{low}, {high}], got {value}")

@@ -100,12 +100,12 @@ def finite(z, FLOOR: tl.constexpr):
     """A masked logit as a finite one of probability 0, so that p log p is 0 and not 0 * -inf.
 
     In the logits' own dtype: on packed bf16 or fp16 this is half an instruction a logit, after the
-    conversion to fp32 a whole one.
+    conversion to fp32 a whole one. A NaN stays one: the plain maximum would hide it.
     """
     if z.dtype == tl.float16:
-        return tl.maximum(z, tl.full((), -65504.0, z.dtype))
+        return tl.maximum(z, tl.full((), -65504.0, z.dtype), propagate_nan=tl.PropagateNan.ALL)
     else:
-        return tl.maximum(z, tl.full((), FLOOR, z.dtype))
+        return tl.maximum(z, tl.full((), FLOOR, z.dtype), propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

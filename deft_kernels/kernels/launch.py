@@ -20,8 +20,6 @@ from .device import GENERIC, INTERPRETED, PTX
 from .row_kernels import finish_kernel, fused_kernel, gradient_kernel, scale_kernel, statistics_kernel
 
 STATE_SIZE = 7
-# Contraction of products and sums, said aloud because Triton 3.10 changes the default.
-OPTIONS = {"enable_fp_fusion": True}
 SLICE_TURNS = 8  # columns of a gradient program, in turns of two tiles: long enough to amortise its row
 
 
@@ -29,6 +27,18 @@ def _mode() -> int:
     if interpreted():
         return INTERPRETED.value
     return GENERIC.value if torch.version.hip is not None else PTX.value
+
+
+def options(mode: int, transformed: bool) -> dict[str, Any]:
+    """Compiler options. Contraction of products and sums is said aloud: Triton 3.10 changes its default.
+
+    transformed: soft-capped or smoothed logits, whose longer loops ptxas otherwise squeezes into 40 to 48
+    registers with 8 to 32 bytes spilled (sm_80, sm_90; ahead of time, Triton 3.9); with 128 it spills none.
+    """
+    chosen: dict[str, Any] = {"enable_fp_fusion": True}
+    if transformed and mode == PTX.value:
+        chosen["maxnreg"] = 128
+    return chosen
 
 
 def _warp() -> int:
@@ -126,6 +136,7 @@ class _Call:
         self.class_weight = logits if class_weight is None else class_weight
         self.weight_total = logits if class_weight is None else class_weight.float().sum()
         self.softcap = spec.softcap > 0
+        self.options = options(self.mode, self.softcap or spec.label_smoothing > 0)
         self.inner, self.outer_stride, self.inner_stride = _strides(logits)
 
     def buffers(self) -> tuple[Tensor, Tensor]:
@@ -161,7 +172,7 @@ def row_loss(
         floor=0.5 * (spec.objective.mean_prob or 0.0), **call.scalars, **call.constants,
         WEIGHTED=call.weighted, SOFTCAP=call.softcap, TIES=spec.peaks, STORED=stored,
         PEEL=_peel(plan.width, logits), LANES=plan.lanes, WIDTH=plan.width, MODE=call.mode,
-        num_warps=plan.num_warps, **OPTIONS,
+        num_warps=plan.num_warps, **call.options,
     )  # fmt: skip
     if stored:
         _finish(call, rows, loss, states, splits, ignore_index)
@@ -178,7 +189,7 @@ def _finish(
             call.labels, call.class_weight, call.weight_total, floor, rows, loss, states,
             call.count, splits, call.vocabulary, ignore_index, call.k, spec.temperature,
             **call.scalars, **constants, WEIGHTED=call.weighted, BATCH=batch,
-            SPLITS=triton.next_power_of_2(splits), MODE=call.mode, num_warps=1, **OPTIONS,
+            SPLITS=triton.next_power_of_2(splits), MODE=call.mode, num_warps=1, **call.options,
         )  # fmt: skip
 
     if spec.objective.needs_batch:
@@ -215,7 +226,7 @@ def row_loss_with_gradient(
         spread=spec.label_smoothing / call.vocabulary / spec.temperature, **call.constants,
         WEIGHTED=call.weighted, SOFTCAP=call.softcap, TIES=spec.peaks,
         PEEL=_peel(plan.width, logits, out), LANES=plan.lanes, WIDTH=plan.width, MODE=call.mode,
-        num_warps=plan.num_warps, **OPTIONS,
+        num_warps=plan.num_warps, **call.options,
     )  # fmt: skip
     return loss, rows
 
@@ -256,7 +267,7 @@ def gradient(
         UPSTREAM=upstream is not None, SQUARES=spec.squares, LOGS=spec.logs, PEAKS=spec.peaks,
         SMOOTHED=spec.label_smoothing > 0, WEIGHTED=call.weighted, SOFTCAP=call.softcap,
         PEEL=_peel(plan.width, logits, out), LANES=plan.lanes, WIDTH=plan.width, MODE=call.mode,
-        num_warps=plan.num_warps, **OPTIONS,
+        num_warps=plan.num_warps, **call.options,
     )  # fmt: skip
 
 
@@ -280,5 +291,5 @@ def match_upstream(
     inner, outer, stride = _strides(dlogits)
     scale_kernel[(labels.numel(),)](
         dlogits, upstream, inner, outer, stride, dlogits.shape[-1],
-        LANES=plan.lanes, WIDTH=plan.width, MODE=_mode(), num_warps=plan.num_warps, **OPTIONS,
+        LANES=plan.lanes, WIDTH=plan.width, MODE=_mode(), num_warps=plan.num_warps, **options(_mode(), False),
     )  # fmt: skip

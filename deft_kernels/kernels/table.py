@@ -51,7 +51,8 @@ def fused(vocabulary: int, itemsize: int, warp: int = 32) -> Launch:
     """Wide programs, few rows an SM, so that a row's second read finds it in L2: 132 rows of 256 KB in 60 MB
     only just fit, two of them an SM do not."""
     width = 16 // itemsize
-    return Launch(_warps(vocabulary, width, warp, 16), width, warp)
+    # 512 threads on either warp size: with 1024, gfx942 has 128 registers a thread and spills.
+    return Launch(_warps(vocabulary, width, warp, 512 // warp), width, warp)
 
 
 def splits(rows: int, vocabulary: int, tile: int, processors: int) -> int:

@@ -1,0 +1,89 @@
+"""The kernels compiled ahead of time for GPUs that are not here: no spill, no stack, lean loops.
+
+Compilation happens in subprocesses, because this one may have chosen Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "ahead_of_time.py"
+ARCHITECTURES = ("80", "90", "100", "gfx942")
+# One of everything that changes the code. The objective reaches the row's end (each is in `statistics`), and
+# the gradient's loop by one of four forms.
+OBJECTIVES = (
+    "nll", "deft", "deft-shannon-exact", "deft-max-exact", "cayley", "rational", "dft", "eaft", "band", "statistics",
+)  # fmt: skip
+FORMS = ("deft", "deft-exact", "deft-shannon-exact", "statistics")
+OPTIONS = "softcap,smoothing,weights,zloss,peel,stats"
+
+# Instructions a bf16 logit on sm_90, in the kernels' main loops (DESIGN.md, section 3).
+STATISTICS, STATISTICS_ENTROPY, GRADIENT, GRADIENT_GENERAL = 9.0, 11.0, 6.5, 8.0
+
+
+def compile_ahead(*arguments: str) -> list[dict]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    root = str(SCRIPT.parent.parent)
+    environment["PYTHONPATH"] = os.pathsep.join([root, environment.get("PYTHONPATH", "")])
+    run = subprocess.run(
+        [sys.executable, str(SCRIPT), "--json", *arguments],
+        capture_output=True, text=True, env=environment, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout)
+
+
+def assert_lean(records: list[dict]) -> None:
+    assert records
+    for record in records:
+        assert record["registers"] > 0, record["variant"]
+        assert record["spill_bytes"] == 0, record["variant"]
+        assert record["stack_bytes"] == 0, record["variant"]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_no_spills_and_no_stack(arch: str) -> None:
+    """Every objective, every form of the gradient, and every option at once, in 2 and 4 bytes."""
+    on = ("--arch", arch, "--dtype")
+    assert_lean(compile_ahead(*on, "bf16", "--kernel", "statistics", "--objective", *OBJECTIVES))
+    assert_lean(compile_ahead(*on, "bf16", "--kernel", "gradient", "fused", "--objective", *FORMS))
+    stored = ("statistics-stored", "finish")
+    assert_lean(compile_ahead(*on, "fp16", "--kernel", *stored, "--objective", "deft", "eaft"))
+    assert_lean(compile_ahead(*on, "bf16", "fp32", "--objective", "statistics", "--options", OPTIONS))
+
+
+def loops(records: list[dict], kernel: str, objective: str) -> list[dict]:
+    found = [r for r in records if r["variant"]["kernel"] == kernel and r["variant"]["objective"] == objective]
+    assert len(found) == 1 and found[0]["loops"], (kernel, objective)
+    return found[0]["loops"]
+
+
+def test_instruction_budgets_on_sm_90() -> None:
+    """The statistics loop is bound by instruction issue: reading bf16 at full rate leaves about 15 a logit."""
+    records = compile_ahead(
+        "--arch", "90", "--dtype", "bf16", "--kernel", "statistics", "gradient", "fused",
+        "--objective", "deft", "deft-shannon", "deft-shannon-exact",
+    )  # fmt: skip
+
+    def instructions(loop: dict) -> float:
+        assert loop["barriers"] == 0 and loop["shuffles"] == 0
+        assert loop["widest_load"] == 128
+        return loop["instructions"] / loop["logits"]
+
+    (statistics,) = loops(records, "statistics", "deft")
+    assert instructions(statistics) <= STATISTICS
+    (with_entropy,) = loops(records, "statistics", "deft-shannon")
+    assert instructions(with_entropy) <= STATISTICS_ENTROPY
+    (held,) = loops(records, "gradient", "deft")
+    assert instructions(held) <= GRADIENT
+    (general,) = loops(records, "gradient", "deft-shannon-exact")
+    assert instructions(general) <= GRADIENT_GENERAL
+    first, second = loops(records, "fused", "deft")
+    assert instructions(first) <= STATISTICS
+    assert instructions(second) <= GRADIENT
