@@ -100,7 +100,7 @@ def _spec(variant: Variant) -> Spec:
 
 
 def source(variant: Variant) -> tuple[ASTSource, dict[str, Any]]:
-    """What `triton.compile` needs: the same constexprs as the launchers would pass, pointers 16-byte aligned."""
+    """What `triton.compile` needs: constexprs as the launchers pass them, pointers 16-byte aligned."""
     spec, options = _spec(variant), variant.options.split(",")
     itemsize, hip = ITEMSIZE[variant.dtype], TARGETS[variant.arch].backend == "hip"
     warp = 64 if hip else 32
@@ -130,7 +130,8 @@ def source(variant: Variant) -> tuple[ASTSource, dict[str, Any]]:
         "LOGS": spec.logs,
         "PEAKS": spec.peaks,
     }
-    pointer = {name: "*fp32" for name in ("rows", "loss", "states", "weight_total", "row_scale", "dloss", "upstream")}
+    numbers = ("rows", "loss", "states", "weight_total", "row_scale", "dloss", "upstream")
+    pointer = dict.fromkeys(numbers, "*fp32")
     pointer |= {"logits": f"*{variant.dtype}", "dlogits": f"*{variant.dtype}", "labels": "*i64"}
     pointer["class_weight"] = "*fp32"
     if variant.kernel == "finish":
@@ -238,10 +239,19 @@ def compile_variant(variant: Variant) -> Report:
     compiled = triton.compile(compiled_source, target=target, options=options)
     if target.backend == "hip":
         text = compiled.asm["amdgcn"]
+
         def field(name: str) -> int:
             return max([int(n) for n in re.findall(rf"\.{name}:\s+(\d+)", text)] or [0])
+
         spills = field("vgpr_spill_count") + field("sgpr_spill_count")
-        return Report(variant, field("vgpr_count"), spills, field("private_segment_fixed_size"), compiled.metadata.shared, [])
+        return Report(
+            variant,
+            field("vgpr_count"),
+            spills,
+            field("private_segment_fixed_size"),
+            compiled.metadata.shared,
+            [],
+        )
     cubin = compiled.asm["cubin"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -254,17 +264,26 @@ def compile_variant(variant: Variant) -> Report:
     spilled = len(re.findall(r"\b(?:LDL|STL)\b", sass)) * 4 + numbers.get("LOCAL", 0)
     width = 16 // ITEMSIZE[variant.dtype]
     return Report(
-        variant, numbers["REG"], spilled, numbers["STACK"], numbers.get("SHARED", 0), _main_loops(variant, sass, width)
+        variant,
+        numbers["REG"],
+        spilled,
+        numbers["STACK"],
+        numbers.get("SHARED", 0),
+        _main_loops(variant, sass, width),
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--arch", nargs="+", default=["90"], choices=list(TARGETS))
     parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=list(ITEMSIZE))
     parser.add_argument("--kernel", nargs="+", default=list(KERNELS), choices=KERNELS)
     parser.add_argument("--objective", nargs="+", default=["deft"], choices=list(OBJECTIVES))
-    parser.add_argument("--options", default="", help="comma-separated: softcap, smoothing, weights, zloss, peel, stats")
+    parser.add_argument(
+        "--options", default="", help="comma-separated: softcap, smoothing, weights, zloss, peel, stats"
+    )
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     records = []
@@ -277,11 +296,13 @@ def main() -> None:
                     if not args.json:
                         shown = ", ".join(
                             f"{loop.per_logit:.2f} instructions/logit ({loop.barriers} barriers, "
-                            f"{loop.shuffles} shuffles)" for loop in report.loops
+                            f"{loop.shuffles} shuffles)"
+                            for loop in report.loops
                         )
                         print(
                             f"{arch:7} {dtype:5} {kernel:18} {objective:18} {report.registers:4} registers "
-                            f"{report.spill_bytes:3} spilled {report.stack_bytes:3} stack  {shown}", flush=True
+                            f"{report.spill_bytes:3} spilled {report.stack_bytes:3} stack  {shown}",
+                            flush=True,
                         )
     if args.json:
         print(json.dumps(records, indent=1))

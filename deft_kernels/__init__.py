@@ -5,13 +5,13 @@ from .functional import deft_loss, gated_loss, row_statistics
 from .modules import DEFTLoss
 from .objectives import Objective
 from .statistics import RowStatistics
-
-__version__ = "0.1.0"
+from .version import __version__
 
 __all__ = [
     "DEFTLoss",
     "Objective",
     "RowStatistics",
+    "__version__",
     "deft_loss",
     "gated_loss",
     "objectives",

@@ -66,7 +66,9 @@ def number(name: str, value: Any, low: float, high: float = math.inf, *, above: 
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     # In comparisons, which torch.compile can trace for a symbolic float; NaN fails the first.
     if not low <= value <= high or abs(value) == math.inf or (above and value == low):
-        raise ValueError(f"{name}: expected a finite number in {'(' if above else '['}{low}, {high}], got {value}")
+        raise ValueError(
+            f"{name}: expected a finite number in {'(' if above else '['}{low}, {high}], got {value}"
+        )
     return float(value)
 
 

@@ -30,7 +30,7 @@ def accumulation_dtype(logits: Tensor) -> torch.dtype:
 
 
 def matrices(*tensors: Tensor) -> Iterator[list[Tensor]]:
-    """Tensors [..., V] of one shape as [rows, V] views in row order, without a copy whatever their strides."""
+    """Tensors [..., V] of one shape as [rows, V] views in row order, never a copy, whatever their strides."""
     try:
         views = [tensor.view(-1, tensor.shape[-1]) for tensor in tensors]
     except RuntimeError:
@@ -162,7 +162,7 @@ class _Block:
     def write(
         self, z: Tensor, labels: Tensor, rows: Tensor, scale: Tensor, out: Tensor, e: Tensor | None
     ) -> None:
-        """Gradient of a block times `scale` [rows] into `out`; `e` are its exponentials, when still at hand."""
+        """Gradient of a block times `scale` [rows] into `out`; `e`: its exponentials, when still at hand."""
         spec = self.spec
         work = out if out.dtype == self.dtype else self.scratch("work", len(z))
         if spec.softcap > 0 and out.data_ptr() == z.data_ptr():
@@ -191,9 +191,7 @@ class _Block:
     def _general(self, z: Tensor, rows: Tensor, scale: Tensor, work: Tensor) -> Tensor:
         """e_j (A + B e_j + C x_j) + PEAK_GRAD [z_j is the max] - smoothing, times `scale`."""
         spec = self.spec
-        a, b, c = (
-            (rows[field] * scale).unsqueeze(1) for field in (Field.A, Field.B, Field.C)
-        )
+        a, b, c = ((rows[field] * scale).unsqueeze(1) for field in (Field.A, Field.B, Field.C))
         peaks = None
         if spec.peaks:
             peaks = z == rows[Field.PEAK].unsqueeze(1)

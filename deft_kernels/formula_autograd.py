@@ -30,7 +30,7 @@ class RowFormula(torch.autograd.Function):
             mean_prob = cayley_mean(logp, valid)
         # A statistic that was not given is one that the formula does not read.
         given = [logp if s is None else s for s in (collision, entropy, max_prob)]
-        value = evaluate(objective, logp, *given, mean_prob)
+        value = evaluate(objective, logp, given[0], given[1], given[2], mean_prob)
         p = logp.exp()
         kept = valid & ~((p < objective.low) | (p > objective.high))
         derivatives = (value.d_logp, value.d_collision, value.d_entropy, value.d_max_prob)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, Literal, overload
 
@@ -37,12 +38,12 @@ def _addressable(logits: Tensor) -> Tensor:
         return logits
     leading = list(zip(logits.shape[:-1], logits.stride()[:-1], strict=True))
     merged = 1
-    for (_, outer), (size, inner) in zip(leading, leading[1:], strict=False):
+    for (_, outer), (size, inner) in itertools.pairwise(leading):
         merged += outer != size * inner
     return logits if merged <= 2 else logits.contiguous()
 
 
-def _transform(softcap: Any, temperature: Any) -> dict[str, float]:
+def _transform(softcap: Any, temperature: Any) -> dict[str, Any]:
     cap = 0.0 if softcap is None else arguments.number("softcap", softcap, 0.0, above=True)
     return {"softcap": cap, "temperature": arguments.number("temperature", temperature, 0.0, above=True)}
 
@@ -71,7 +72,7 @@ def deft_loss(
 def deft_loss(
     logits: Tensor, labels: Tensor, *, return_stats: Literal[True], **keywords: Any
 ) -> tuple[Tensor, RowStatistics]: ...
-def deft_loss(
+def deft_loss(  # type: ignore[misc]  # the overloads tell the return type apart, not the keywords
     logits: Tensor,
     labels: Tensor,
     *,
@@ -169,12 +170,14 @@ def deft_loss(
         valid = flat != ignore_index
         loss = weighting.reduce(torch.where(valid, rows.reshape(-1), 0.0), valid, flat)
         loss = loss.reshape(shape) if reduction == "none" else loss
-        detached = RowStatistics(*(None if s is None else s.detach() for s in stats))
+        detached = RowStatistics(*(s.detach() for s in stats if s is not None))
         return (loss, detached) if return_stats else loss
 
     described = objectives.resolve(objective)
     if chosen == "reference":
-        return _reference(logits, flat.reshape(shape), described, weighting, ignore_index, settings, return_stats)
+        return _reference(
+            logits, flat.reshape(shape), described, weighting, ignore_index, settings, return_stats
+        )
 
     if inplace:
         arguments.check_inplace(logits)
@@ -372,9 +375,10 @@ def row_statistics(
         return RowStatistics(**{name: value.masked_fill(~valid, 0) for name, value in values.items()})
     spec = Spec(objectives.of_statistics(), **settings, statistics=True, backend=chosen)
     code, numbers = spec.encode()
-    *values, rows = operators.row_statistics(_addressable(logits), flat, ignore_index, code, numbers)
-    correct = rows[Field.CORRECT].reshape(shape) != 0
-    return RowStatistics(*(value.reshape(shape) for value in values), correct)
+    outputs = operators.row_statistics(_addressable(logits), flat, ignore_index, code, numbers)
+    logp, lse, collision, entropy, max_prob = (value.reshape(shape) for value in outputs[:5])
+    correct = outputs[5][Field.CORRECT].reshape(shape) != 0
+    return RowStatistics(logp, lse, collision, entropy, max_prob, correct)
 
 
 def gated_loss(
@@ -407,7 +411,12 @@ def gated_loss(
 
     described = objectives.resolve(objective)
     given = {"log_collision": log_collision, "entropy": entropy, "max_prob": max_prob}
-    needed = {"collision": "log_collision", "shannon": "entropy", "entropy": "entropy", "max_prob": "max_prob"}
+    needed = {
+        "collision": "log_collision",
+        "shannon": "entropy",
+        "entropy": "entropy",
+        "max_prob": "max_prob",
+    }
     name = needed.get(described.focus)
     if name is not None and given[name] is None:
         raise ValueError(f"{name}: needed by objective {described.name!r} with focus {described.focus!r}")
@@ -415,7 +424,9 @@ def gated_loss(
         raise TypeError("logp: expected a floating Tensor")
     for key, tensor in (*given.items(), ("valid", valid)):
         if tensor is not None and tensor.shape != logp.shape:
-            raise ValueError(f"{key}: expected the shape of logp {tuple(logp.shape)}, got {tuple(tensor.shape)}")
+            raise ValueError(
+                f"{key}: expected the shape of logp {tuple(logp.shape)}, got {tuple(tensor.shape)}"
+            )
     dtype = torch.float64 if logp.dtype == torch.float64 else torch.float32
     collision = None if log_collision is None else log_collision.to(dtype).exp()
     others = (None if s is None else s.to(dtype) for s in (entropy, max_prob))

@@ -34,9 +34,8 @@ class DEFTLoss(nn.Module):
         super().__init__()
         if not callable(objective):
             objective = resolve(objective)
-        known = {
-            "shift", "softcap", "temperature", "z_loss", "inplace", "grad_in_forward", "return_stats", "backend"
-        }  # fmt: skip
+        known = {"shift", "softcap", "temperature", "z_loss", "inplace", "grad_in_forward", "return_stats"}
+        known.add("backend")
         for name in keywords:
             if name not in known:
                 raise TypeError(f"{name}: not a keyword of DEFTLoss; known: {', '.join(sorted(known))}")
@@ -57,9 +56,8 @@ class DEFTLoss(nn.Module):
         token_weight: Tensor | None = None,
         num_items: Tensor | float | None = None,
     ) -> Tensor | tuple[Tensor, RowStatistics]:
-        return deft_loss(
-            logits, labels, weight=self.weight, token_weight=token_weight, num_items=num_items, **self.keywords
-        )
+        own: dict[str, Any] = {"weight": self.weight, "token_weight": token_weight, "num_items": num_items}
+        return deft_loss(logits, labels, **own, **self.keywords)
 
     def extra_repr(self) -> str:
         objective = self.keywords["objective"]

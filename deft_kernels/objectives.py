@@ -32,6 +32,7 @@ Focus = Literal[
 ]
 Family = Literal["deformed", "rational", "weighted", "none"]
 
+
 @dataclass(frozen=True)
 class Objective:
     """Description of an objective; build one with the functions of this module.

@@ -41,9 +41,7 @@ def statistics(z: Tensor, labels: Tensor, ignore_index: int = -100) -> dict[str,
     }
 
 
-def row_objective(
-    objective: Any, stats: dict[str, Tensor], valid: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def row_objective(objective: Any, stats: dict[str, Tensor], valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, alpha, gate) of each row, before weights, smoothing and z-loss; the table of `objectives`."""
 
     def held(value: Tensor) -> Tensor:
@@ -146,9 +144,7 @@ def loss(
     if token_weight is not None:
         rows = rows * token_weight.reshape(-1).to(rows.dtype)
 
-    stats = {
-        name: value.detach().masked_fill(~valid, 0).reshape(shape) for name, value in stats.items()
-    }
+    stats = {name: value.detach().masked_fill(~valid, 0).reshape(shape) for name, value in stats.items()}
     if reduction == "none":
         return rows.reshape(shape), stats
     total = rows.sum()

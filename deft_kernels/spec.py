@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any
 
 from .objectives import Objective
 
@@ -72,7 +72,7 @@ def _decode(code: str, numbers: tuple[float, ...]) -> Spec:
     family, focus, flags, backend = code.split(":")
     detach, statistics, inplace = (flag == "1" for flag in flags)
     alpha, eps, power, top_k, low, high, mean_prob, softcap, temperature, z_loss, smoothing = numbers
-    objective = Objective(
-        family, cast(Any, family), cast(Any, focus), alpha, eps, power, top_k, detach, low, high, None if mean_prob < 0 else mean_prob
-    )
+    given = None if mean_prob < 0 else mean_prob
+    kind: tuple[Any, Any] = (family, focus)
+    objective = Objective(family, *kind, alpha, eps, power, top_k, detach, low, high, given)
     return Spec(objective, softcap, temperature, z_loss, smoothing, statistics, inplace, backend)

@@ -73,9 +73,8 @@ def log1p(x):
 @triton.jit
 def expm1(x):
     """e^x - 1 without cancellation near 0."""
-    near = x * (
-        1.0 + x * (0.5 + x * (0.16666667 + x * (0.041666668 + x * (0.008333334 + x * (0.0013888889 + x * (0.0001984127 + x * 2.4801588e-05))))))
-    )  # fmt: skip
+    tail = 0.008333334 + x * (0.0013888889 + x * (0.0001984127 + x * 2.4801588e-05))
+    near = x * (1.0 + x * (0.5 + x * (0.16666667 + x * (0.041666668 + x * tail))))
     return tl.where(tl.abs(x) < 0.5, near, tl.exp(x) - 1.0)
 
 

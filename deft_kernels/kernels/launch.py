@@ -97,7 +97,7 @@ def log2_scale(temperature: float) -> float:
 
 
 def _strides(logits: Tensor) -> tuple[int, int, int]:
-    """(inner, stride_outer, stride_inner): row r lies at (r // inner) stride_outer + (r % inner) stride_inner."""
+    """(inner, outer, stride): row r lies at (r // inner) outer + (r % inner) stride."""
     dims = [d for d in zip(logits.shape[:-1], logits.stride()[:-1], strict=True) if d[0] != 1]
     merged: list[tuple[int, int]] = []
     for size, stride in dims:
@@ -158,7 +158,9 @@ def row_loss(
     if call.count == 0:
         return loss, rows
     plan = table.statistics(call.vocabulary, logits.element_size(), _warp())
-    splits = 1 if spec.peaks else table.splits(call.count, call.vocabulary, plan.tile, _processors(call.device))
+    splits = (
+        1 if spec.peaks else table.splits(call.count, call.vocabulary, plan.tile, _processors(call.device))
+    )
     stored = splits > 1 or spec.objective.needs_batch
     span = call.vocabulary
     if stored:
@@ -179,9 +181,7 @@ def row_loss(
     return loss, rows
 
 
-def _finish(
-    call: _Call, rows: Tensor, loss: Tensor, states: Tensor, splits: int, ignore_index: int
-) -> None:
+def _finish(call: _Call, rows: Tensor, loss: Tensor, states: Tensor, splits: int, ignore_index: int) -> None:
     spec = call.spec
 
     def launch(floor: Tensor | float, batch: bool, constants: dict[str, Any]) -> None:

@@ -67,7 +67,8 @@ def deformed(logp, alpha, eps, DETACH: tl.constexpr):
         return loss, gate, 0.0
     else:
         # x e^x - expm1(x) without cancellation, and the second term that eps leaves.
-        series = 0.5 + x * (0.33333334 + x * (0.125 + x * (0.033333335 + x * (0.0069444445 + x * 0.0011904762))))
+        tail = 0.033333335 + x * (0.0069444445 + x * 0.0011904762)
+        series = 0.5 + x * (0.33333334 + x * (0.125 + x * tail))
         direct = tl.maximum(x, -10000.0) * power - expm1(x)
         sharpening = tl.where(x > -0.3, series * x * x, direct)
         rest = eps * tl.where(power == 0.0, 0.0, logp * power)

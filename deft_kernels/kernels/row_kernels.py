@@ -1,9 +1,10 @@
 """The kernels: one program a row, or a row's slice. Arguments: tensors, scalars, constexprs.
 
-    statistics_kernel   a row (or slice) of logits -> its state; a whole row goes on to loss and coefficients
-    finish_kernel       stored states -> loss and coefficients (split rows, and objectives that wait for the batch)
-    gradient_kernel     logits and coefficients -> gradient
-    fused_kernel        all of it for a row in one launch
+statistics_kernel   a row (or slice) of logits -> its state; a whole row goes on to loss and coefficients
+finish_kernel       stored states -> loss and coefficients, for split rows and for objectives that
+                    wait for the batch
+gradient_kernel     logits and coefficients -> gradient
+fused_kernel        all of it for a row in one launch
 """
 
 import triton

@@ -1,0 +1,78 @@
+"""`python -m deft_kernels`: versions, devices, the backend a call would take and why, one checked call."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+
+import torch
+
+from . import backends
+from .functional import deft_loss
+from .version import __version__
+
+ROWS, VOCABULARY = 4, 4099
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _reason(device: torch.device, dtype: torch.dtype) -> str:
+    obstacle = backends.obstacle(device, dtype)
+    if backends.choose("auto", device, dtype) == "triton":
+        return "the kernels support this device and dtype"
+    if obstacle is None:
+        return "the interpreter runs the kernels on the CPU only when backend='triton' is asked for"
+    return obstacle
+
+
+def _check(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """Relative errors of loss and gradient (of its largest entry) against the float64 reference."""
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(ROWS, VOCABULARY, generator=generator) * 4).to(dtype).to(device).requires_grad_()
+    labels = torch.randint(0, VOCABULARY, (ROWS,), generator=generator).to(device)
+    loss = deft_loss(logits, labels)
+    loss.backward()
+    exact = logits.detach().double().requires_grad_()
+    expected = deft_loss(exact, labels, backend="reference")
+    expected.backward()
+    assert logits.grad is not None
+    assert exact.grad is not None
+    gradient = (logits.grad.double() - exact.grad).abs().max() / exact.grad.abs().max()
+    return abs(loss.item() / expected.item() - 1.0), gradient.item()
+
+
+def main() -> int:
+    print(f"deft-kernels {__version__}, Python {platform.python_version()}, {platform.system()}")
+    print(f"torch {torch.__version__}, triton {_version('triton')}, numpy {_version('numpy')}")
+    devices = [torch.device("cpu")]
+    for index in range(torch.cuda.device_count()):
+        devices.append(torch.device("cuda", index))
+        major, minor = torch.cuda.get_device_capability(index)
+        print(f"cuda:{index}: {torch.cuda.get_device_name(index)}, compute capability {major}.{minor}")
+    if len(devices) == 1:
+        print(f"no GPU visible to PyTorch; {torch.get_num_threads()} CPU threads")
+    if backends.interpreted():
+        print("TRITON_INTERPRET is set: backend='triton' runs the kernels in Triton's interpreter")
+
+    failed = False
+    for device in devices:
+        for dtype, bound in ((torch.float32, 3e-5), (torch.bfloat16, 2**-8)):
+            chosen = backends.choose("auto", device, dtype)
+            loss, gradient = _check(device, dtype)
+            good = loss <= 3e-5 and gradient <= bound
+            failed |= not good
+            print(
+                f"{device}, {str(dtype)[6:]}: backend {chosen!r} ({_reason(device, dtype)})\n    against the "
+                f"float64 reference: loss {loss:.1e}, gradient {gradient:.1e} relative: "
+                f"{'good' if good else 'WRONG'}"
+            )
+    return int(failed)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
