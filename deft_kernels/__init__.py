@@ -1,7 +1,8 @@
 """Fused, gated token losses for fine-tuning language models: one call, `deft_loss(logits, labels)`."""
 
 from . import objectives, reference
-from .functional import deft_loss, gated_loss, row_statistics
+from .functional import deft_loss, row_statistics
+from .gated import gated_loss
 from .modules import DEFTLoss
 from .objectives import Objective
 from .statistics import RowStatistics

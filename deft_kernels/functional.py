@@ -1,4 +1,4 @@
-"""The public calls: `deft_loss`, `row_statistics`, `gated_loss`."""
+"""The public calls over logits: `deft_loss`, `row_statistics`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 from . import arguments, backends, objectives, operators, reference
 from .objectives import Objective
+from .reductions import Reduction, Weighting, in_forward
 from .spec import Spec
 from .statistics import Field, RowStatistics
 
 RowLoss = Callable[[RowStatistics], Tensor]
-Reduction = Literal["mean", "sum", "none"]
 
 
 def _aligned(labels: Tensor, shift: bool, ignore_index: int) -> Tensor:
@@ -122,8 +122,8 @@ def deft_loss(  # type: ignore[misc]  # the overloads tell the return type apart
         inplace: the backward overwrites the logits with their gradient; a later use of them in autograd
             raises. Saves one [N, V] tensor.
         grad_in_forward: make the gradient in the forward, in the same visit to the logits. None: where it
-            pays (CPU, mean or sum). True needs "mean" or "sum", and an objective whose rows do not wait
-            for the batch; with `inplace` the forward itself overwrites the logits.
+            pays (CPU, mean or sum, not under torch.compile). True needs "mean" or "sum", and an objective
+            whose rows do not wait for the batch; with `inplace` the forward itself overwrites the logits.
         return_stats: also return the rows' `RowStatistics`, from the same pass, detached.
         backend: "auto" takes the Triton kernels on a GPU they support, PyTorch elsewhere and for fp64;
             "triton" raises where they cannot run; "torch"; "reference" is the slow oracle.
@@ -154,7 +154,7 @@ def deft_loss(  # type: ignore[misc]  # the overloads tell the return type apart
     chosen = backends.choose(backend, logits.device, logits.dtype)
     shape, flat = labels.shape, _aligned(labels, shift, ignore_index)
     weight = None if weight is None else weight.contiguous()
-    weighting = _Weighting(reduction, token_weight, weight, num_items)
+    weighting = Weighting(reduction, token_weight, weight, num_items)
 
     if callable(objective) and not isinstance(objective, Objective):
         _refuse_for_function(inplace, grad_in_forward, settings["label_smoothing"], chosen)
@@ -175,6 +175,9 @@ def deft_loss(  # type: ignore[misc]  # the overloads tell the return type apart
 
     described = objectives.resolve(objective)
     if chosen == "reference":
+        for name, asked in (("inplace", inplace), ("grad_in_forward", grad_in_forward)):
+            if asked:
+                raise ValueError(f'{name}: not available with backend="reference", which uses autograd')
         return _reference(
             logits, flat.reshape(shape), described, weighting, ignore_index, settings, return_stats
         )
@@ -184,7 +187,7 @@ def deft_loss(  # type: ignore[misc]  # the overloads tell the return type apart
     spec = Spec(described, **settings, statistics=return_stats, inplace=inplace, backend=chosen)
     logits = _addressable(logits)
     differentiate = torch.is_grad_enabled() and logits.requires_grad
-    if differentiate and _in_forward(grad_in_forward, spec, weighting, logits):
+    if differentiate and in_forward(grad_in_forward, spec, weighting, logits):
         loss, rows = _loss_with_gradient(logits, flat, weighting, ignore_index, spec)
     else:
         code, numbers = spec.encode()
@@ -194,82 +197,8 @@ def deft_loss(  # type: ignore[misc]  # the overloads tell the return type apart
     return (loss, _statistics(rows, shape)) if return_stats else loss
 
 
-class _Weighting:
-    """How row losses become the loss: token weights, and the denominator of the mean."""
-
-    def __init__(
-        self,
-        reduction: str,
-        token_weight: Tensor | None,
-        class_weight: Tensor | None,
-        num_items: Tensor | float | None,
-    ):
-        self.reduction = reduction
-        self.token_weight = None if token_weight is None else token_weight.reshape(-1)
-        self.class_weight = class_weight
-        self.num_items = num_items.reshape(()) if isinstance(num_items, Tensor) else num_items
-
-    def denominator(self, kept: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor | float:
-        """Of a mean; 1 instead of 0, so that a batch without rows to count has loss 0."""
-        if self.reduction == "sum":
-            return 1.0
-        if isinstance(self.num_items, Tensor):
-            return self.num_items.to(dtype)
-        if self.num_items is not None:
-            return self.num_items
-        if self.class_weight is None:
-            return kept.sum().clamp(min=1).to(dtype)
-        vocabulary = self.class_weight.numel()
-        weights = self.class_weight.to(dtype)[labels.clamp(0, vocabulary - 1)]
-        total = torch.where(kept, weights, 0.0).sum()
-        return torch.where(total == 0, 1.0, total)
-
-    def reduce(self, rows: Tensor, kept: Tensor, labels: Tensor) -> Tensor:
-        if self.token_weight is not None:
-            rows = rows * self._token_weight(kept, rows.dtype)
-        if self.reduction == "none":
-            return rows
-        total = rows.sum()
-        return total if self.reduction == "sum" else total / self.denominator(kept, labels, rows.dtype)
-
-    def _token_weight(self, kept: Tensor, dtype: torch.dtype) -> Tensor:
-        """Padding may hold anything, NaN included: rows that are not kept take no part."""
-        assert self.token_weight is not None
-        return torch.where(kept, self.token_weight.to(dtype), 0.0)
-
-    def row_scale(self, kept: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
-        """d loss / d row for a mean or a sum, [N]."""
-        scale = torch.ones(labels.shape, dtype=dtype, device=labels.device)
-        if self.token_weight is not None:
-            scale = scale * self._token_weight(kept, dtype)
-        return scale / self.denominator(kept, labels, dtype)
-
-    @property
-    def differentiable(self) -> bool:
-        tensors = (self.token_weight, self.num_items)
-        return any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
-
-
-def _in_forward(wanted: bool | None, spec: Spec, weighting: _Weighting, logits: Tensor) -> bool:
-    """Whether the gradient is made in the forward; raises when that was asked for and cannot be."""
-    reason = None
-    if weighting.reduction == "none":
-        reason = 'each row\'s upstream is unknown with reduction="none"'
-    elif spec.objective.needs_batch:
-        reason = "cayley needs the batch's mean p first; pass objectives.cayley(mean_prob=...)"
-    elif spec.objective.has_band and weighting.reduction == "mean" and weighting.num_items is None:
-        reason = "a band on p leaves the mean's denominator unknown until every row is read; pass num_items"
-    elif weighting.differentiable:
-        reason = "token_weight and num_items that require a gradient need the rows' losses"
-    if wanted and reason is not None:
-        raise ValueError(f"grad_in_forward: {reason}")
-    if wanted is not None:
-        return wanted
-    return reason is None and logits.device.type == "cpu" and spec.backend == "torch" and not spec.inplace
-
-
 def _loss_with_gradient(
-    logits: Tensor, labels: Tensor, weighting: _Weighting, ignore_index: int, spec: Spec
+    logits: Tensor, labels: Tensor, weighting: Weighting, ignore_index: int, spec: Spec
 ) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     scale = weighting.row_scale(labels != ignore_index, labels, dtype)
@@ -306,7 +235,7 @@ def _reference(
     logits: Tensor,
     labels: Tensor,
     objective: Objective,
-    weighting: _Weighting,
+    weighting: Weighting,
     ignore_index: int,
     settings: dict[str, float],
     return_stats: bool,
@@ -379,56 +308,3 @@ def row_statistics(
     logp, lse, collision, entropy, max_prob = (value.reshape(shape) for value in outputs[:5])
     correct = outputs[5][Field.CORRECT].reshape(shape) != 0
     return RowStatistics(logp, lse, collision, entropy, max_prob, correct)
-
-
-def gated_loss(
-    logp: Tensor,
-    log_collision: Tensor | None = None,
-    *,
-    entropy: Tensor | None = None,
-    max_prob: Tensor | None = None,
-    objective: str | Objective = "deft",
-    valid: Tensor | None = None,
-) -> Tensor:
-    """The row formula alone, for stacks that already have the statistics; no kernel, any device.
-
-        deft:  loss = (1 - p^alpha) / alpha,  alpha = exp(log_collision) = sum p^2,  dloss/dlogp = -p^alpha
-
-    Args:
-        logp: [...], log-probability of the target, nats.
-        log_collision: [...], ln sum p^2 = -H_2; needed by "deft" and rational("collision").
-        entropy: [...], Shannon entropy in nats; needed by deft(order=1) and "eaft".
-        max_prob: [...], max p; needed by deft(order=inf).
-        objective: a name or an Objective.
-        valid: [...], bool; the rows over which `cayley` takes its mean p, and the rows that are not zero.
-    Returns: [...], each row's loss in the dtype of logp (fp32 for fp16 and bf16); rows outside a band on p,
-        or not `valid`, are 0. Differentiable in logp, and through the gate in the statistics when the
-        objective has detach=False.
-    Raises: ValueError when the objective needs a statistic that is not given, or shapes differ.
-    Source: arXiv:2602.11424.
-    """
-    from .formula_autograd import RowFormula
-
-    described = objectives.resolve(objective)
-    given = {"log_collision": log_collision, "entropy": entropy, "max_prob": max_prob}
-    needed = {
-        "collision": "log_collision",
-        "shannon": "entropy",
-        "entropy": "entropy",
-        "max_prob": "max_prob",
-    }
-    name = needed.get(described.focus)
-    if name is not None and given[name] is None:
-        raise ValueError(f"{name}: needed by objective {described.name!r} with focus {described.focus!r}")
-    if not isinstance(logp, Tensor) or not logp.is_floating_point():
-        raise TypeError("logp: expected a floating Tensor")
-    for key, tensor in (*given.items(), ("valid", valid)):
-        if tensor is not None and tensor.shape != logp.shape:
-            raise ValueError(
-                f"{key}: expected the shape of logp {tuple(logp.shape)}, got {tuple(tensor.shape)}"
-            )
-    dtype = torch.float64 if logp.dtype == torch.float64 else torch.float32
-    collision = None if log_collision is None else log_collision.to(dtype).exp()
-    others = (None if s is None else s.to(dtype) for s in (entropy, max_prob))
-    mask = torch.ones_like(logp, dtype=torch.bool) if valid is None else valid.bool()
-    return RowFormula.apply(logp.to(dtype), collision, *others, mask, described)

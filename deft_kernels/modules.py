@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .functional import Reduction, RowLoss, deft_loss
+from .functional import RowLoss, deft_loss
 from .objectives import Objective, resolve
+from .reductions import Reduction
 from .statistics import RowStatistics
 
 

@@ -207,7 +207,9 @@ def scalar_upstream(ctx: Any, upstream: Tensor) -> Tensor:
     logits, labels, row_scale, class_weight, rows = ctx.saved_tensors
     # Handing out the one reference lets autograd keep the tensor as .grad without a copy.
     dlogits, ctx.dlogits = ctx.dlogits, None
-    if dlogits is None or torch.is_grad_enabled():
+    # Under a tracer too: a traced backward may not overwrite what its forward returned.
+    traced = type(dlogits) is not Tensor
+    if traced or torch.is_grad_enabled():
         upstream_rows = (upstream * row_scale).to(rows.dtype)
         return logits_gradient(logits, labels, class_weight, rows, upstream_rows, ctx.code, ctx.numbers)
     args = (upstream, logits, labels, row_scale, class_weight, rows, ctx.code, ctx.numbers)

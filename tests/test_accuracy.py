@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from rows import DTYPES, KINDS, gradient_excess, loss_excess, make
 from torch import Tensor
 
@@ -62,7 +61,9 @@ def both(z: Tensor, y: Tensor, objective: Objective, backend: str, **keywords: o
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", MAIN)
-def test_within_the_stated_bounds(name: str, kind: str, dtype: torch.dtype, backend: str, device: str) -> None:
+def test_within_the_stated_bounds(
+    name: str, kind: str, dtype: torch.dtype, backend: str, device: str
+) -> None:
     """Loss 3e-5 relative; gradient 3e-5 relative (fp32) or one output ulp, 3e-7 absolute free."""
     for n, vocabulary in SHAPES:
         z, y = make(kind, n, vocabulary, dtype)

@@ -18,7 +18,8 @@ ARCHITECTURES = ("80", "90", "100", "gfx942")
 # One of everything that changes the code. The objective reaches the row's end (each is in `statistics`), and
 # the gradient's loop by one of four forms.
 OBJECTIVES = (
-    "nll", "deft", "deft-shannon-exact", "deft-max-exact", "cayley", "rational", "dft", "eaft", "band", "statistics",
+    "nll", "deft", "deft-shannon-exact", "deft-max-exact", "cayley", "rational", "dft",
+    "eaft", "band", "statistics",
 )  # fmt: skip
 FORMS = ("deft", "deft-exact", "deft-shannon-exact", "statistics")
 OPTIONS = "softcap,smoothing,weights,zloss,peel,stats"
@@ -59,13 +60,14 @@ def test_no_spills_and_no_stack(arch: str) -> None:
 
 
 def loops(records: list[dict], kernel: str, objective: str) -> list[dict]:
-    found = [r for r in records if r["variant"]["kernel"] == kernel and r["variant"]["objective"] == objective]
+    key = (kernel, objective)
+    found = [r for r in records if (r["variant"]["kernel"], r["variant"]["objective"]) == key]
     assert len(found) == 1 and found[0]["loops"], (kernel, objective)
     return found[0]["loops"]
 
 
 def test_instruction_budgets_on_sm_90() -> None:
-    """The statistics loop is bound by instruction issue: reading bf16 at full rate leaves about 15 a logit."""
+    """The loops are bound by instruction issue: reading bf16 at full rate leaves about 15 a logit."""
     records = compile_ahead(
         "--arch", "90", "--dtype", "bf16", "--kernel", "statistics", "gradient", "fused",
         "--objective", "deft", "deft-shannon", "deft-shannon-exact",

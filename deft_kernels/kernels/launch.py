@@ -5,6 +5,9 @@ except for the buffers of [N] numbers between launches. Nothing here waits for t
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import wraps
 from typing import Any
 
 import torch
@@ -113,14 +116,37 @@ def _strides(logits: Tensor) -> tuple[int, int, int]:
     return inner, outer, stride
 
 
-def _peel(width: int, *tensors: Tensor) -> bool:
-    """Whether rows may begin off a 16-byte boundary and do so alike in all tensors, so that peeling a head
-    restores full-width loads and stores."""
-    strides = [_strides(tensor)[1:] for tensor in tensors]
+def _out_strides(out: Tensor, inner: int) -> tuple[int, int]:
+    """Strides of the output's rows under the logits' own split of the row number."""
+    own_inner, outer, stride = _strides(out)
+    if own_inner == inner:
+        return outer, stride
+    # The output is contiguous where the logits are not: one stride serves both parts.
+    assert own_inner == 1
+    return outer * inner, outer
+
+
+def _peel(width: int, tensors: tuple[Tensor, ...], strides: tuple[tuple[int, int], ...]) -> bool:
+    """Whether to peel a head off every row, so that its loads and stores are 16 bytes wide.
+
+    Not needed where all strides are multiples of 16 elements, which Triton sees by itself; not possible where
+    rows of the tensors lie differently to a 16-byte boundary.
+    """
     if any(tensor.data_ptr() % 16 for tensor in tensors):
         return False
-    residues = {tuple(stride % width for stride in pair) for pair in strides}
-    return len(residues) == 1 and residues != {(0, 0)}
+    alike = len({(outer % width, inner % width) for outer, inner in strides}) == 1
+    return alike and any(stride % 16 for pair in strides for stride in pair)
+
+
+def _on_device(launcher: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device, which need not be the one that holds the tensors."""
+
+    @wraps(launcher)
+    def guarded(logits: Tensor, *args: Any, **keywords: Any) -> Any:
+        with torch.cuda.device(logits.device) if logits.is_cuda else nullcontext():
+            return launcher(logits, *args, **keywords)
+
+    return guarded
 
 
 class _Call:
@@ -137,18 +163,18 @@ class _Call:
         self.weight_total = logits if class_weight is None else class_weight.float().sum()
         self.softcap = spec.softcap > 0
         self.options = options(self.mode, self.softcap or spec.label_smoothing > 0)
-        self.inner, self.outer_stride, self.inner_stride = _strides(logits)
+        self.inner, *strides = _strides(logits)
+        self.strides = (strides[0], strides[1])
 
     def buffers(self) -> tuple[Tensor, Tensor]:
         rows = torch.empty(len(Field), self.count, dtype=torch.float32, device=self.device)
         return rows, torch.empty(self.count, dtype=torch.float32, device=self.device)
 
     def position(self) -> dict[str, int]:
-        return {
-            "inner": self.inner, "stride_outer": self.outer_stride, "stride_inner": self.inner_stride,
-        }  # fmt: skip
+        return {"inner": self.inner, "stride_outer": self.strides[0], "stride_inner": self.strides[1]}
 
 
+@_on_device
 def row_loss(
     logits: Tensor, labels: Tensor, class_weight: Tensor | None, ignore_index: int, spec: Spec
 ) -> tuple[Tensor, Tensor]:
@@ -173,8 +199,8 @@ def row_loss(
         k=call.k, softcap=spec.softcap, temperature=spec.temperature,
         floor=0.5 * (spec.objective.mean_prob or 0.0), **call.scalars, **call.constants,
         WEIGHTED=call.weighted, SOFTCAP=call.softcap, TIES=spec.peaks, STORED=stored,
-        PEEL=_peel(plan.width, logits), LANES=plan.lanes, WIDTH=plan.width, MODE=call.mode,
-        num_warps=plan.num_warps, **call.options,
+        PEEL=_peel(plan.width, (logits,), (call.strides,)),
+        LANES=plan.lanes, WIDTH=plan.width, MODE=call.mode, num_warps=plan.num_warps, **call.options,
     )  # fmt: skip
     if stored:
         _finish(call, rows, loss, states, splits, ignore_index)
@@ -202,6 +228,7 @@ def _finish(call: _Call, rows: Tensor, loss: Tensor, states: Tensor, splits: int
         launch(0.5 * (spec.objective.mean_prob or 0.0), False, call.constants)
 
 
+@_on_device
 def row_loss_with_gradient(
     logits: Tensor,
     labels: Tensor,
@@ -217,7 +244,7 @@ def row_loss_with_gradient(
     if call.count == 0:
         return loss, rows
     plan = table.fused(call.vocabulary, logits.element_size(), _warp())
-    _, out_outer, out_inner = _out_strides(out, call.inner)
+    out_outer, out_inner = out_strides = _out_strides(out, call.inner)
     fused_kernel[(call.count,)](
         logits, labels, call.class_weight, call.weight_total, rows, loss, row_scale, out,
         call.count, **call.position(), out_outer=out_outer, out_inner=out_inner,
@@ -225,22 +252,14 @@ def row_loss_with_gradient(
         temperature=spec.temperature, floor=0.5 * (spec.objective.mean_prob or 0.0), **call.scalars,
         spread=spec.label_smoothing / call.vocabulary / spec.temperature, **call.constants,
         WEIGHTED=call.weighted, SOFTCAP=call.softcap, TIES=spec.peaks,
-        PEEL=_peel(plan.width, logits, out), LANES=plan.lanes, WIDTH=plan.width, MODE=call.mode,
+        PEEL=_peel(plan.width, (logits, out), (call.strides, out_strides)),
+        LANES=plan.lanes, WIDTH=plan.width, MODE=call.mode,
         num_warps=plan.num_warps, **call.options,
     )  # fmt: skip
     return loss, rows
 
 
-def _out_strides(out: Tensor, inner: int) -> tuple[int, int, int]:
-    """Strides of the output's rows under the logits' own split of the row number."""
-    own_inner, outer, stride = _strides(out)
-    if own_inner == inner:
-        return inner, outer, stride
-    # The output is contiguous where the logits are not: one stride serves both parts.
-    assert own_inner == 1
-    return inner, outer * inner, outer
-
-
+@_on_device
 def gradient(
     logits: Tensor,
     labels: Tensor,
@@ -257,7 +276,7 @@ def gradient(
         return
     plan = table.gradient(call.vocabulary, logits.element_size(), _warp())
     span = plan.tile * 2 * SLICE_TURNS
-    _, out_outer, out_inner = _out_strides(out, call.inner)
+    out_outer, out_inner = out_strides = _out_strides(out, call.inner)
     grid = (call.count, math.ceil(call.vocabulary / span))
     gradient_kernel[grid](
         logits, labels, call.class_weight, rows, dloss, rows if upstream is None else upstream, out,
@@ -266,11 +285,13 @@ def gradient(
         softcap=spec.softcap, spread=spec.label_smoothing / call.vocabulary / spec.temperature,
         UPSTREAM=upstream is not None, SQUARES=spec.squares, LOGS=spec.logs, PEAKS=spec.peaks,
         SMOOTHED=spec.label_smoothing > 0, WEIGHTED=call.weighted, SOFTCAP=call.softcap,
-        PEEL=_peel(plan.width, logits, out), LANES=plan.lanes, WIDTH=plan.width, MODE=call.mode,
+        PEEL=_peel(plan.width, (logits, out), (call.strides, out_strides)),
+        LANES=plan.lanes, WIDTH=plan.width, MODE=call.mode,
         num_warps=plan.num_warps, **call.options,
     )  # fmt: skip
 
 
+@_on_device
 def match_upstream(
     dlogits: Tensor,
     upstream: Tensor,

@@ -1,0 +1,96 @@
+"""`gated_loss`: the row formula alone, for statistics that came from elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import objectives
+from .formulas import cayley_mean, evaluate
+from .objectives import Objective
+
+
+class RowFormula(torch.autograd.Function):
+    """`formulas.evaluate` with its hand-written derivatives; rows outside `valid` or the band are 0."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logp: Tensor,
+        collision: Tensor | None,
+        entropy: Tensor | None,
+        max_prob: Tensor | None,
+        valid: Tensor,
+        objective: Objective,
+    ) -> Tensor:
+        mean_prob: Tensor | float | None = objective.mean_prob
+        if objective.needs_batch:
+            mean_prob = cayley_mean(logp, valid)
+        # A statistic that was not given is one that the formula does not read.
+        given = [logp if s is None else s for s in (collision, entropy, max_prob)]
+        value = evaluate(objective, logp, given[0], given[1], given[2], mean_prob)
+        p = logp.exp()
+        kept = valid & ~((p < objective.low) | (p > objective.high))
+        derivatives = (value.d_logp, value.d_collision, value.d_entropy, value.d_max_prob)
+        ctx.save_for_backward(*(None if d is None else d.masked_fill(~kept, 0.0) for d in derivatives))
+        return value.loss.masked_fill(~kept, 0.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> Any:
+        grads = (None if d is None else d * dloss for d in ctx.saved_tensors)
+        return (*grads, None, None)
+
+
+def gated_loss(
+    logp: Tensor,
+    log_collision: Tensor | None = None,
+    *,
+    entropy: Tensor | None = None,
+    max_prob: Tensor | None = None,
+    objective: str | Objective = "deft",
+    valid: Tensor | None = None,
+) -> Tensor:
+    """The row formula alone, for stacks that already have the statistics; no kernel, any device.
+
+        deft:  loss = (1 - p^alpha) / alpha,  alpha = exp(log_collision) = sum p^2,  dloss/dlogp = -p^alpha
+
+    Args:
+        logp: [...], log-probability of the target, nats.
+        log_collision: [...], ln sum p^2 = -H_2; needed by "deft" and rational("collision").
+        entropy: [...], Shannon entropy in nats; needed by deft(order=1) and "eaft".
+        max_prob: [...], max p; needed by deft(order=inf).
+        objective: a name or an Objective.
+        valid: [...], bool; the rows over which `cayley` takes its mean p, and the rows that are not zero.
+    Returns: [...], each row's loss in the dtype of logp (fp32 for fp16 and bf16); rows outside a band on p,
+        or not `valid`, are 0. Differentiable in logp, and through the gate in the statistics when the
+        objective has detach=False.
+    Raises: ValueError when the objective needs a statistic that is not given, or shapes differ.
+    Source: arXiv:2602.11424.
+    """
+    described = objectives.resolve(objective)
+    given = {"log_collision": log_collision, "entropy": entropy, "max_prob": max_prob}
+    needed = {
+        "collision": "log_collision",
+        "shannon": "entropy",
+        "entropy": "entropy",
+        "max_prob": "max_prob",
+    }
+    name = needed.get(described.focus)
+    if name is not None and given[name] is None:
+        raise ValueError(f"{name}: needed by objective {described.name!r} with focus {described.focus!r}")
+    if not isinstance(logp, Tensor) or not logp.is_floating_point():
+        raise TypeError("logp: expected a floating Tensor")
+    for key, tensor in (*given.items(), ("valid", valid)):
+        if tensor is not None and tensor.shape != logp.shape:
+            raise ValueError(
+                f"{key}: expected the shape of logp {tuple(logp.shape)}, got {tuple(tensor.shape)}"
+            )
+    dtype = torch.float64 if logp.dtype == torch.float64 else torch.float32
+    collision = None if log_collision is None else log_collision.to(dtype).exp()
+    others = (None if s is None else s.to(dtype) for s in (entropy, max_prob))
+    mask = torch.ones_like(logp, dtype=torch.bool) if valid is None else valid.bool()
+    return RowFormula.apply(logp.to(dtype), collision, *others, mask, described)

@@ -1,0 +1,87 @@
+"""From row losses to the loss: token weights, the mean's denominator, and when the gradient can be made."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .spec import Spec
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+class Weighting:
+    """How row losses become the loss: token weights, and the denominator of the mean."""
+
+    def __init__(
+        self,
+        reduction: str,
+        token_weight: Tensor | None,
+        class_weight: Tensor | None,
+        num_items: Tensor | float | None,
+    ):
+        self.reduction = reduction
+        self.token_weight = None if token_weight is None else token_weight.reshape(-1)
+        self.class_weight = class_weight
+        self.num_items = num_items.reshape(()) if isinstance(num_items, Tensor) else num_items
+
+    def denominator(self, kept: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor | float:
+        """Of a mean; 1 instead of 0, so that a batch without rows to count has loss 0."""
+        if self.reduction == "sum":
+            return 1.0
+        if isinstance(self.num_items, Tensor):
+            return self.num_items.to(dtype)
+        if self.num_items is not None:
+            return self.num_items
+        if self.class_weight is None:
+            return kept.sum().clamp(min=1).to(dtype)
+        vocabulary = self.class_weight.numel()
+        weights = self.class_weight.to(dtype)[labels.clamp(0, vocabulary - 1)]
+        total = torch.where(kept, weights, 0.0).sum()
+        return torch.where(total == 0, 1.0, total)
+
+    def reduce(self, rows: Tensor, kept: Tensor, labels: Tensor) -> Tensor:
+        if self.token_weight is not None:
+            rows = rows * self._token_weight(kept, rows.dtype)
+        if self.reduction == "none":
+            return rows
+        total = rows.sum()
+        return total if self.reduction == "sum" else total / self.denominator(kept, labels, rows.dtype)
+
+    def _token_weight(self, kept: Tensor, dtype: torch.dtype) -> Tensor:
+        """Padding may hold anything, NaN included: rows that are not kept take no part."""
+        assert self.token_weight is not None
+        return torch.where(kept, self.token_weight.to(dtype), 0.0)
+
+    def row_scale(self, kept: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
+        """d loss / d row for a mean or a sum, [N]."""
+        scale = torch.ones(labels.shape, dtype=dtype, device=labels.device)
+        if self.token_weight is not None:
+            scale = scale * self._token_weight(kept, dtype)
+        return scale / self.denominator(kept, labels, dtype)
+
+    @property
+    def differentiable(self) -> bool:
+        tensors = (self.token_weight, self.num_items)
+        return any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
+
+
+def in_forward(wanted: bool | None, spec: Spec, weighting: Weighting, logits: Tensor) -> bool:
+    """Whether the gradient is made in the forward; raises when that was asked for and cannot be."""
+    reason = None
+    if weighting.reduction == "none":
+        reason = 'each row\'s upstream is unknown with reduction="none"'
+    elif spec.objective.needs_batch:
+        reason = "cayley needs the batch's mean p first; pass objectives.cayley(mean_prob=...)"
+    elif spec.objective.has_band and weighting.reduction == "mean" and weighting.num_items is None:
+        reason = "a band on p leaves the mean's denominator unknown until every row is read; pass num_items"
+    elif weighting.differentiable:
+        reason = "token_weight and num_items that require a gradient need the rows' losses"
+    if wanted and reason is not None:
+        raise ValueError(f"grad_in_forward: {reason}")
+    if wanted is not None:
+        return wanted
+    pays = logits.device.type == "cpu" and spec.backend == "torch" and not torch.compiler.is_compiling()
+    return reason is None and pays and not spec.inplace
