@@ -11,7 +11,16 @@ A byte-level transformer learns Python from the standard library of the interpre
    replaced by random bytes beforehand, the same ones for both runs; the inputs stay clean.
 3. Before, during and after, a test on clean text: every fourth module of those packages, never trained on.
 
-Optimizer, learning rate and schedule are the same for both losses and tuned for neither.
+Optimizer, learning rate and schedule are the same for both losses and tuned for neither. What to expect, DEFT
+against cross-entropy at the end (CPU, defaults, mean of seeds 0 to 2):
+
+    share of wrong labels        0     15%     30%     50%
+    top-1, points             +0.2    +0.9    +1.3    +1.7
+    loss, nats per byte      +0.35   +0.16   -0.06   -0.37
+
+Cross-entropy learns the noise as doubt (alpha falls); DEFT shuts it out and sharpens what it believes (alpha
+rises). A held-out loss charges for both, and at 30% its sign hangs on the learning rate (DEFT -0.13 at 5e-4,
++0.06 at 2e-3); top-1 favours DEFT at each. On clean labels, use cross-entropy if you need calibrated probabilities.
 """
 
 from __future__ import annotations
