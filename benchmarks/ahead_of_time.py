@@ -61,7 +61,7 @@ class Variant:
     objective: str
     dtype: str
     arch: str
-    options: str = ""  # of: softcap, smoothing, weights, zloss, peel, stats
+    options: str = ""  # of: softcap, smoothing, weights, zloss, peel, stats, ones
 
 
 @dataclass
@@ -155,8 +155,8 @@ def source(variant: Variant) -> tuple[ASTSource, dict[str, Any]]:
             signature[name] = pointer[name]
             if pointer[name].startswith("*"):
                 attributes[(index,)] = [["tt.divisibility", 16]]
-        elif name == "inner":
-            # The launcher passes 1 for ordinary rows, and Triton specialises on it.
+        elif name == "inner" or (name in integers and "ones" in options):
+            # Triton specialises on an integer that is 1; `inner` is for ordinary rows, all are at N = V = 1.
             signature[name] = "constexpr"
             constexprs[(index,)] = 1
         elif name in integers:
@@ -282,7 +282,7 @@ def main() -> None:
     parser.add_argument("--kernel", nargs="+", default=list(KERNELS), choices=KERNELS)
     parser.add_argument("--objective", nargs="+", default=["deft"], choices=list(OBJECTIVES))
     parser.add_argument(
-        "--options", default="", help="comma-separated: softcap, smoothing, weights, zloss, peel, stats"
+        "--options", default="", help="comma-separated: softcap, smoothing, weights, zloss, peel, stats, ones"
     )
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()

@@ -59,6 +59,13 @@ def test_no_spills_and_no_stack(arch: str) -> None:
     assert_lean(compile_ahead(*on, "bf16", "fp32", "--objective", "statistics", "--options", OPTIONS))
 
 
+@pytest.mark.parametrize("options", ["ones", "ones,softcap,smoothing,weights,zloss,peel,stats"])
+def test_integers_that_are_one(options: str) -> None:
+    """N = V = 1: Triton makes constants of integers that are 1, another program than the one for V > 1."""
+    one = ("--arch", "90", "--dtype", "bf16", "--objective", "deft", "deft-max-exact", "--options", options)
+    assert_lean(compile_ahead(*one))
+
+
 def loops(records: list[dict], kernel: str, objective: str) -> list[dict]:
     key = (kernel, objective)
     found = [r for r in records if (r["variant"]["kernel"], r["variant"]["objective"]) == key]
