@@ -110,8 +110,7 @@ def reduce_row(
     first += TILE
 
     if not (SOFTCAP or SMOOTHED):
-        turns = tl.maximum(stop - first, 0) // (4 * TILE)
-        for _ in range(turns):
+        while first + 4 * TILE <= stop:
             z0 = tl.load(row_ptr + first + tile)
             z1 = tl.load(row_ptr + first + TILE + tile)
             z2 = tl.load(row_ptr + first + 2 * TILE + tile)
@@ -197,7 +196,9 @@ def count_ties(
     TILE: tl.constexpr = LANES * WIDTH
     tile = (tl.arange(0, LANES) * WIDTH)[:, None] + tl.arange(0, WIDTH)[None, :]
     count = tl.zeros((LANES,), tl.float32)
-    for first in range(start, stop, TILE):
+    first = start + 0
+    while first < stop:
         z = load_masked(row_ptr, first + tile, start, stop, softcap, SOFTCAP)
         count += tl.sum(tl.where((first + tile < stop) & (z == peak), 1.0, 0.0), 1)
+        first += TILE
     return tl.sum(count, 0)

@@ -63,8 +63,7 @@ def write_gradient(
         )  # fmt: skip
         tl.store(out_ptr + columns, narrowed(d, out_ptr, MODE), mask=inside)
         first += TILE
-    turns = tl.maximum(stop - first, 0) // (2 * TILE)
-    for _ in range(turns):
+    while first + 2 * TILE <= stop:
         columns = first + tile
         raw0 = tl.load(in_ptr + columns)
         raw1 = tl.load(in_ptr + TILE + columns)
