@@ -10,6 +10,7 @@ running of it is tested.
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 import time
@@ -19,10 +20,10 @@ from statistics import median
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY
 
 from deft_kernels import deft_loss
 
+TINY = os.environ.get("DEFT_KERNELS_BENCH_TINY", "0") == "1"
 # A Llama 2 and a Llama 3 vocabulary; 64 and 131 MB of fp32 logits, both beyond the last-level cache.
 SHAPES = ((16, 1000),) if TINY else ((512, 32000), (256, 128256))
 DTYPES = (torch.float32, torch.bfloat16)

@@ -98,9 +98,13 @@ class _Block:
             return out.copy_(z)
         return z
 
+    def column(self, vector: Tensor) -> Tensor:
+        """[rows] as [rows, 1] in the dtype of the passes."""
+        return vector.to(self.dtype).unsqueeze(1)
+
     def exponentials(self, z: Tensor, rows: Tensor, out: Tensor) -> Tensor:
         """e_j = 2^(k z_j - OFFSET) into `out`."""
-        torch.add(-rows[Field.OFFSET].unsqueeze(1), z, alpha=self.k, out=out)
+        torch.add(self.column(-rows[Field.OFFSET]), z, alpha=self.k, out=out)
         return out.exp2_()
 
     def reduce(self, z: Tensor, labels: Tensor, rows: Tensor, work: Tensor) -> Tensor | None:
@@ -140,23 +144,28 @@ class _Block:
         t = None if x is None else x.mul_(e).sum(-1)
         u = torch.mul(e, e, out=self.scratch("second", len(z))).sum(-1)
         e.scatter_(1, index, apart)
+        self._record(rows, target, rest.double(), apart.squeeze(1).double(), u, t)
+        return logit_sum
 
-        apart = apart.squeeze(1)
+    def _record(
+        self, rows: Tensor, target: Tensor, rest: Tensor, apart: Tensor, u: Tensor, t: Tensor | None
+    ) -> None:
+        """Statistics from a block's sums."""
+        offset, peak = rows[Field.OFFSET], rows[Field.PEAK]
         s = rest + apart
-        x_peak = torch.add(-offset, peak, alpha=k)
+        x_peak = peak * self.k - offset
         log_sum = torch.where(
-            rows[Field.CORRECT] > 0 if t is None else known,
+            rows[Field.CORRECT] > 0 if t is None else apart > 0.5,
             torch.log1p(rest / apart),
             torch.log(s) - x_peak * LN2,
         )
         rows[Field.SUM] = s
-        rows[Field.LOGP] = (target - peak) / spec.temperature - log_sum
-        rows[Field.LSE] = peak / spec.temperature + log_sum
+        rows[Field.LOGP] = (target.double() - peak) / self.spec.temperature - log_sum
+        rows[Field.LSE] = peak / self.spec.temperature + log_sum
         rows[Field.COLLISION] = (u + apart * apart) / (s * s)
         rows[Field.MAX_PROB] = torch.exp2(x_peak) / s
         if t is not None:
             rows[Field.ENTROPY] = (log_sum - LN2 * (t - x_peak * rest) / s).clamp_(min=0.0)
-        return logit_sum
 
     def weighted_sum(self, z: Tensor) -> Tensor:
         """sum_c w_c z_c / temperature; a class of weight 0 adds nothing, masked or not."""
@@ -186,7 +195,7 @@ class _Block:
                 out.copy_(e)
         else:
             # Not mul(out=out): a narrower `out` would make PyTorch allocate the product first.
-            e.mul_((rows[Field.A] * scale).unsqueeze(1))
+            e.mul_(self.column(rows[Field.A] * scale))
             if out is not e:
                 out.copy_(e)
         target = rows[Field.TARGET] * scale
@@ -202,14 +211,14 @@ class _Block:
     def _general(self, z: Tensor, rows: Tensor, scale: Tensor, work: Tensor) -> Tensor:
         """e_j (A + B e_j + C x_j) + PEAK_GRAD [z_j is the max] - smoothing, times `scale`."""
         spec = self.spec
-        a, b, c = ((rows[field] * scale).unsqueeze(1) for field in (Field.A, Field.B, Field.C))
+        a, b, c = (self.column(rows[field] * scale) for field in (Field.A, Field.B, Field.C))
         peaks = None
         if spec.peaks:
-            peaks = z == rows[Field.PEAK].unsqueeze(1)
+            peaks = z == self.column(rows[Field.PEAK])
         second = self.scratch("second", len(z)) if spec.squares or spec.logs else None
         if spec.logs:
             assert second is not None
-            torch.add(-rows[Field.OFFSET].unsqueeze(1), z, alpha=self.k, out=second).clamp_(min=-4000.0)
+            torch.add(self.column(-rows[Field.OFFSET]), z, alpha=self.k, out=second).clamp_(min=-4000.0)
             e = torch.exp2(second, out=work)
             factor = second.mul_(c).add_(a)
             if spec.squares:
@@ -219,11 +228,16 @@ class _Block:
             e = self.exponentials(z, rows, work)
             e.mul_(a if second is None else torch.mul(e, b, out=second).add_(a))
         if peaks is not None:
-            e.add_(peaks * (rows[Field.PEAK_GRAD] * scale).unsqueeze(1))
+            e.add_(peaks * self.column(rows[Field.PEAK_GRAD] * scale))
         if spec.label_smoothing > 0:
-            share = (scale * (spec.label_smoothing / self.vocabulary / spec.temperature)).unsqueeze(1)
+            share = self.column(scale * (spec.label_smoothing / self.vocabulary / spec.temperature))
             e.sub_(share if self.class_weight is None else share * self.class_weight)
         return e
+
+
+def _rows(count: int, logits: Tensor) -> Tensor:
+    """Fields in float64: a number a row costs nothing, and each is then rounded once, as the sums are."""
+    return torch.zeros(len(Field), count, dtype=torch.float64, device=logits.device)
 
 
 def _valid(labels: Tensor, ignore_index: int) -> Tensor:
@@ -236,9 +250,9 @@ def row_loss(
     """(loss [N], rows [len(Field), N]); labels [N] are checked by the caller where the host sees them."""
     block = _Block(logits, spec, class_weight)
     count = labels.numel()
-    rows = torch.zeros(len(Field), count, dtype=block.dtype, device=logits.device)
+    rows = _rows(count, logits)
     valid = _valid(labels, ignore_index)
-    sums = torch.zeros(count, dtype=block.dtype, device=logits.device) if spec.label_smoothing > 0 else None
+    sums = torch.zeros(count, dtype=torch.float64, device=logits.device) if spec.label_smoothing > 0 else None
     skip = logits.device.type == "cpu"
     for span, (z,) in blocks(logits):
         if skip and not valid[span].any():
@@ -251,7 +265,7 @@ def row_loss(
         mean_prob = cayley_mean(rows[Field.LOGP], valid)
     weights = _class_weights(block.class_weight, labels, valid)
     loss = finish(spec, rows, valid, block.vocabulary, mean_prob=mean_prob, logit_sum=sums, **weights)
-    return loss, rows
+    return loss.to(block.dtype), rows.to(block.dtype)
 
 
 def _class_weights(class_weight: Tensor | None, labels: Tensor, valid: Tensor) -> dict[str, Tensor]:
@@ -274,10 +288,10 @@ def row_loss_with_gradient(
     """`row_loss`, and the gradient of sum_i row_scale_i loss_i into `out` (which may be the logits)."""
     block = _Block(logits, spec, class_weight)
     count = labels.numel()
-    rows = torch.zeros(len(Field), count, dtype=block.dtype, device=logits.device)
-    loss = torch.zeros(count, dtype=block.dtype, device=logits.device)
+    rows = _rows(count, logits)
+    loss = torch.zeros(count, dtype=torch.float64, device=logits.device)
     valid = _valid(labels, ignore_index)
-    row_scale = row_scale.to(block.dtype)
+    row_scale = row_scale.double()
     weights = _class_weights(block.class_weight, labels, valid)
     total = weights.pop("weight_total", None)
     direct = not (spec.squares or spec.logs or spec.peaks or spec.softcap or spec.label_smoothing)
@@ -301,7 +315,7 @@ def row_loss_with_gradient(
             target_weight=weights["target_weight"][span] if weights else None,
         )
         block.write(z, labels[span], part, row_scale[span], target, work if direct else None)
-    return loss, rows
+    return loss.to(block.dtype), rows.to(block.dtype)
 
 
 def gradient(
@@ -315,7 +329,7 @@ def gradient(
 ) -> None:
     """Gradient by the logits for an upstream `dloss` [N] into `out` (which may be the logits)."""
     block = _Block(logits, spec, class_weight)
-    dloss = dloss.to(block.dtype)
+    dloss = dloss.double()
     kept = rows[Field.KEPT] != 0
     skip = logits.device.type == "cpu"
     for span, (z, target) in blocks(logits, out):

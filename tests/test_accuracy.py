@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from rows import DTYPES, KINDS, gradient_excess, loss_excess, make
 from torch import Tensor
 
@@ -84,3 +85,36 @@ def test_every_objective(name: str, kind: str, backend: str, device: str) -> Non
     loss, gradient, oracle, exact, gate = (t.cpu() for t in both(z.to(on), y.to(on), EVERY[name], backend))
     assert loss_excess(loss, oracle, gate) <= 1.0
     assert gradient_excess(gradient, exact) <= 1.0
+
+
+def _errors(z: Tensor, y: Tensor, backend: str | None) -> tuple[Tensor, Tensor]:
+    """Errors of the row losses and of the gradient against float64; backend None is `F.cross_entropy`."""
+    exact, mine = z.double().requires_grad_(), z.clone().requires_grad_()
+    expected = F.cross_entropy(exact, y, reduction="none")
+    expected.sum().backward()
+    if backend is None:
+        loss = F.cross_entropy(mine, y, reduction="none")
+    else:
+        loss = deft_loss(mine, y, objective="nll", reduction="none", backend=backend)
+    loss.sum().backward()
+    assert mine.grad is not None
+    assert exact.grad is not None
+    return (loss.double() - expected).detach().abs(), (mine.grad.double() - exact.grad).abs()
+
+
+@pytest.mark.parametrize("vocabulary", [97, 5003])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("kind", KINDS)
+def test_errs_no_more_than_cross_entropy(kind: str, dtype: torch.dtype, vocabulary: int) -> None:
+    """`nll` on the CPU, 512 rows: the largest error of a loss, and the gradient's root mean square.
+
+    In fp32 both gradients err by about an ulp of p. PyTorch's exp2, which is fast, is good to one ulp and its
+    exp to half of one: at V = 97 our root mean square is up to 1.16 times theirs (measured, torch 2.13,
+    AVX-512), at V = 5003 below theirs, where their sum errs more.
+    """
+    z, y = make(kind, 512, vocabulary, dtype)
+    loss, gradient = _errors(z, y, "torch")
+    their_loss, their_gradient = _errors(z, y, None)
+    assert loss.max() <= their_loss.max()
+    allowed = 1.0 if dtype == torch.bfloat16 or vocabulary > 5000 else 1.2
+    assert gradient.square().mean().sqrt() <= allowed * their_gradient.square().mean().sqrt()
