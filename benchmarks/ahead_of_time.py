@@ -105,7 +105,8 @@ def source(variant: Variant) -> tuple[ASTSource, dict[str, Any]]:
     itemsize, hip = ITEMSIZE[variant.dtype], TARGETS[variant.arch].backend == "hip"
     warp = 64 if hip else 32
     plans = {"gradient": table.gradient, "fused": table.fused}
-    plan = plans.get(variant.kernel, table.statistics)(VOCABULARY, itemsize, warp)
+    vocabulary = 1 if "ones" in options else VOCABULARY
+    plan = plans.get(variant.kernel, table.statistics)(vocabulary, itemsize, warp)
     kernel = {
         "statistics": row_kernels.statistics_kernel,
         "statistics-stored": row_kernels.statistics_kernel,
@@ -155,8 +156,9 @@ def source(variant: Variant) -> tuple[ASTSource, dict[str, Any]]:
             signature[name] = pointer[name]
             if pointer[name].startswith("*"):
                 attributes[(index,)] = [["tt.divisibility", 16]]
-        elif name == "inner" or (name in integers and "ones" in options):
-            # Triton specialises on an integer that is 1; `inner` is for ordinary rows, all are at N = V = 1.
+        elif name == "inner" or (name in integers - {"vocabulary"} and "ones" in options):
+            # Triton specialises on an integer that is 1; `inner` is for ordinary rows, all are at N = V = 1
+            # but the vocabulary (see `launch`).
             signature[name] = "constexpr"
             constexprs[(index,)] = 1
         elif name in integers:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import wraps
+from functools import lru_cache, wraps
 from typing import Any
 
 import torch
@@ -42,6 +42,14 @@ def options(mode: int, transformed: bool) -> dict[str, Any]:
     if transformed and mode == PTX.value:
         chosen["maxnreg"] = 128
     return chosen
+
+
+@lru_cache(maxsize=8)
+def _for(kernel: Any, vocabulary: int) -> Any:
+    """The kernel; for V = 1 one to which V is not a constant, which Triton 3.6 fails to compile."""
+    if vocabulary > 1 or interpreted():
+        return kernel
+    return triton.jit(kernel.fn, do_not_specialize=["vocabulary"])
 
 
 def _warp() -> int:
@@ -193,7 +201,7 @@ def row_loss(
         span = plan.tile * max(1, math.ceil(call.vocabulary / (plan.tile * splits)))
         splits = math.ceil(call.vocabulary / span)
     states = torch.empty(call.count * splits * STATE_SIZE if stored else 0, device=call.device)
-    statistics_kernel[(call.count, splits)](
+    _for(statistics_kernel, min(call.vocabulary, 2))[(call.count, splits)](
         logits, labels, call.class_weight, call.weight_total, rows, loss, states if stored else rows,
         call.count, **call.position(), vocabulary=call.vocabulary, span=span, ignore_index=ignore_index,
         k=call.k, softcap=spec.softcap, temperature=spec.temperature,
@@ -245,7 +253,7 @@ def row_loss_with_gradient(
         return loss, rows
     plan = table.fused(call.vocabulary, logits.element_size(), _warp())
     out_outer, out_inner = out_strides = _out_strides(out, call.inner)
-    fused_kernel[(call.count,)](
+    _for(fused_kernel, min(call.vocabulary, 2))[(call.count,)](
         logits, labels, call.class_weight, call.weight_total, rows, loss, row_scale, out,
         call.count, **call.position(), out_outer=out_outer, out_inner=out_inner,
         vocabulary=call.vocabulary, ignore_index=ignore_index, k=call.k, softcap=spec.softcap,

@@ -231,11 +231,13 @@ def scale_kernel(
     scalar = tl.load(upstream).to(tl.float32)
     if scalar != 1.0:
         base = dlogits + row_offset(tl.program_id(0), inner, out_outer, out_inner)
-        for first in range(0, vocabulary, LANES * WIDTH):
+        first = 0
+        while first < vocabulary:
             columns = first + tl.arange(0, LANES * WIDTH)
             inside = columns < vocabulary
             d = tl.load(base + columns, mask=inside).to(tl.float32) * scalar
             tl.store(base + columns, narrowed(d, dlogits, MODE), mask=inside)
+            first += LANES * WIDTH
 
 
 @triton.jit
