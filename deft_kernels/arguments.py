@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -24,6 +25,16 @@ def check_logits(logits: Any, name: str = "logits") -> None:
         raise ValueError(f"{name}: expected shape [..., V], got a scalar")
     if logits.shape[-1] == 0:
         raise ValueError(f"{name}: the vocabulary (last dimension) is empty, shape {tuple(logits.shape)}")
+
+
+def check_no_tangent(logits: Tensor) -> None:
+    """Operators have a backward only; a forward-mode tangent would be dropped without a word."""
+    if getattr(forward_ad, "_current_level", -1) < 0:
+        return
+    if forward_ad.unpack_dual(logits).tangent is not None:
+        raise RuntimeError(
+            'logits: forward-mode differentiation is not supported; backend="reference" has it'
+        )
 
 
 def check_labels(labels: Any, logits: Tensor) -> None:
@@ -119,8 +130,11 @@ def check_num_items(num_items: Any, reduction: str) -> None:
 
 def check_inplace(logits: Tensor) -> None:
     """An in-place gradient needs every logit to have storage of its own."""
-    for size, stride in zip(logits.shape, logits.stride(), strict=True):
-        if size > 1 and stride == 0:
-            raise ValueError("inplace: the logits are an expanded view whose rows share storage; clone them")
+    reach = 0
+    for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                raise ValueError("inplace: the logits are a view whose rows share storage; clone them")
+            reach += stride * (size - 1)
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         raise ValueError("inplace: needs logits that are contiguous along the vocabulary")

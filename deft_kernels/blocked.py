@@ -22,7 +22,8 @@ from .statistics import Field
 # fp32 elements in a block, two such buffers at most: 2 x 4 MiB beyond the gradient.
 # Ratios to F.cross_entropy over 2^17 .. 2^21 are in docs/cpu.md; 2^20 is best or equal best.
 BLOCK_ELEMENTS = 2**20
-LOWEST = -1e25
+# Offsets beyond are rounded by more than 2^x can bear, see `kernels.device`.
+LARGEST_OFFSET = 2.0**28
 
 
 def accumulation_dtype(logits: Tensor) -> torch.dtype:
@@ -129,7 +130,7 @@ class _Block:
         if spec.peaks:
             rows[Field.TIES] = (z == peak.unsqueeze(1)).sum(-1)
         logit_sum = self.weighted_sum(z) if spec.label_smoothing > 0 else None
-        offset = (peak * k).clamp(min=LOWEST)
+        offset = (peak * k).clamp(min=-LARGEST_OFFSET)
         rows[Field.OFFSET] = offset
         x = self.scratch("second", len(z)) if spec.needs_entropy else None
         if x is not None:
@@ -152,6 +153,8 @@ class _Block:
     ) -> None:
         """Statistics from a block's sums."""
         offset, peak = rows[Field.OFFSET], rows[Field.PEAK]
+        # Logits of 2e8 and more: the offset's rounding no longer cancels. NaN, rather than a wrong number.
+        rest = rest.masked_fill(offset.abs() >= LARGEST_OFFSET, math.nan)
         s = rest + apart
         x_peak = peak * self.k - offset
         log_sum = torch.where(

@@ -135,6 +135,8 @@ def deft_loss(  # type: ignore[misc]  # the overloads tell the return type apart
         read; DEFT_KERNELS_VALIDATE=1 raises there too, at the price of a device synchronisation.
     Memory: forward 1 read of the logits; backward 1 read and 1 write. Saved: the logits and 18 numbers a
         row. Gradient in the forward: 1 read and 1 write in all, the gradient alive from the forward on.
+    Limits: |logits| / temperature below 1.8e8 in the largest of a row, NaN beyond. First derivatives only, in
+        reverse mode (backend="reference": any).
     Source: DEFT, arXiv:2602.11424.
     """
     arguments.check_logits(logits)
@@ -182,6 +184,7 @@ def deft_loss(  # type: ignore[misc]  # the overloads tell the return type apart
             logits, flat.reshape(shape), described, weighting, ignore_index, settings, return_stats
         )
 
+    arguments.check_no_tangent(logits)
     if inplace:
         arguments.check_inplace(logits)
     spec = Spec(described, **settings, statistics=return_stats, inplace=inplace, backend=chosen)
@@ -302,6 +305,7 @@ def row_statistics(
         z = reference.transformed(logits, softcap, temperature).masked_fill(~valid.unsqueeze(-1), 0.0)
         values = reference.statistics(z, flat.reshape(shape), ignore_index)
         return RowStatistics(**{name: value.masked_fill(~valid, 0) for name, value in values.items()})
+    arguments.check_no_tangent(logits)
     spec = Spec(objectives.of_statistics(), **settings, statistics=True, backend=chosen)
     code, numbers = spec.encode()
     outputs = operators.row_statistics(_addressable(logits), flat, ignore_index, code, numbers)

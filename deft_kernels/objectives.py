@@ -141,7 +141,7 @@ def neg_prob() -> Objective:
 def tsallis(alpha: float | None = None, *, q: float | None = None) -> Objective:
     """loss = (1 - p^alpha) / alpha = -ln_q(p) with q = 1 - alpha, gate p^alpha.
 
-    alpha: any finite number; 0 is `nll`, 1 is `neg_prob`. Give alpha or q, not both. What the authors'
+    alpha: any finite number >= 0; 0 is `nll`, 1 is `neg_prob`. Give alpha or q, not both. What the authors'
     trainer calls GeneralFamily-q is tsallis(alpha=q).
     Raises: ValueError when both or neither are given, or alpha is negative.
     """

@@ -241,8 +241,12 @@ def test_function_objective_refuses(keyword, value, backend, device):
 
 @pytest.mark.parametrize(
     "view",
-    [lambda z: z[:1].expand(N, V), lambda z: z.t().contiguous().t()],
-    ids=["expanded", "vocabulary not contiguous"],
+    [
+        lambda z: z[:1].expand(N, V),
+        lambda z: z.t().contiguous().t(),
+        lambda z: z.flatten().as_strided((N, V), (1, 1)),
+    ],
+    ids=["expanded", "vocabulary not contiguous", "overlapping"],
 )
 def test_inplace_needs_storage_of_its_own(view, backend, device):
     logits, labels = rows(device)
@@ -521,3 +525,71 @@ def test_masked_vocabulary(dtype, return_stats, backend, device):
         (masked.sum() + plain.sum()).backward()
         torch.testing.assert_close(x.grad[:, ::2], y.grad)
         assert not x.grad[:, 1::2].any()
+
+
+@pytest.mark.parametrize("temperature", [0.02, 0.3, 1.0, 8.0])
+@pytest.mark.parametrize("mask", [-1e4, -1e9, -1e10, -1e20, "finfo", -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masks_of_every_size(dtype, mask, temperature, backend, device):
+    """Masked with a large finite number instead, as attention code does; a warp's lanes see nothing else."""
+    logits = torch.randn(2, 700, device=device).to(dtype)
+    logits[:, 30:] = torch.finfo(dtype).min if mask == "finfo" else mask
+    labels = torch.tensor([4, 20], device=device)
+    for name in ("deft", "eaft"):
+        options = {"objective": name, "temperature": temperature, "reduction": "none"}
+        x, y = logits.clone().requires_grad_(), logits.double().requires_grad_()
+        loss, stats = deft_loss(x, labels, backend=backend, return_stats=True, **options)
+        expected, oracle = deft_loss(y, labels, backend="reference", return_stats=True, **options)
+        (loss.sum() + expected.sum()).backward()
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(stats.entropy.double(), oracle.entropy, rtol=1e-4, atol=1e-5)
+        bound = 1e-4 if dtype == torch.float32 else 2**-8
+        torch.testing.assert_close(x.grad.double(), y.grad, rtol=bound, atol=1e-6 / temperature)
+
+
+@pytest.mark.parametrize("size", [2.79e9, 1e30, -1e10, -1e30])
+def test_logits_beyond_the_limit_are_not_a_number(size, backend, device):
+    """Where the offset's rounding no longer cancels the result is NaN, never a number that is wrong."""
+    logits = torch.randn(2, 300, device=device)
+    logits[0] += size
+    loss, stats = deft_loss(
+        logits, torch.tensor([4, 20], device=device), reduction="none", return_stats=True, backend=backend
+    )
+    assert loss[0].isnan()
+    assert stats.logp[0].isnan()
+    assert loss[1].isfinite()
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", ["deft", "cayley"])
+def test_default_dtype_does_not_matter(name, default, backend, device):
+    """Model loaders change PyTorch's default dtype; buffers between launches are fp32 all the same."""
+    logits, labels = rows(device)
+    expected = deft_loss(logits, labels, objective=name, backend=backend)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(default)
+        loss = deft_loss(logits, labels, objective=name, backend=backend)
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(loss, expected)
+
+
+def test_statistics_do_not_change_the_loss(backend, device):
+    """Label smoothing over masked classes is infinite, whether or not the entropy is reduced beside it."""
+    logits, labels = rows(device)
+    logits[:, 0] = -math.inf
+    labels = labels.clamp(min=1)
+    options = {"objective": "nll", "label_smoothing": 0.1, "backend": backend}
+    assert deft_loss(logits, labels, **options) == math.inf
+    assert deft_loss(logits, labels, return_stats=True, **options)[0] == math.inf
+
+
+def test_forward_mode_is_refused(backend, device):
+    """A tangent would be dropped, and the derivative be 0."""
+    logits, labels = rows(device)
+    for call in (deft_loss, lambda z, y, **k: row_statistics(z, y, **k).logp):
+        with pytest.raises(RuntimeError, match="^logits: forward-mode"):
+            torch.func.jvp(
+                lambda z, call=call: call(z, labels, backend=backend), (logits,), (torch.ones_like(logits),)
+            )

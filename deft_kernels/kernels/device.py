@@ -11,10 +11,12 @@ INTERPRETED = tl.constexpr(0)
 PTX = tl.constexpr(1)
 GENERIC = tl.constexpr(2)
 
-# Finite stand-in for the offset of nothing: (-inf) - (-inf) would be NaN. Far above k times the stand-in
-# for a masked logit below, so that a masked logit is 0 even in a lane that has seen nothing else.
-LOWEST = tl.constexpr(-1e25)
-MASKED_LOGIT = tl.constexpr(-1e37)
+# Finite stand-in for the offset of nothing: (-inf) - (-inf) would be NaN. It bounds offsets from below,
+# because fl(k z) is off by up to half an ulp: 16 at 2^28, harmless, but 128 at 2^31, where 2^x overflows. So a
+# lane that has seen nothing but masks of -1e9 or -1e30 counts them as 0, as the stand-in for -inf below.
+LOWEST = tl.constexpr(-(2.0**28))
+HIGHEST = tl.constexpr(2.0**28)
+MASKED_LOGIT = tl.constexpr(-1e30)
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
 

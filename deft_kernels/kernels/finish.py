@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .device import LN2, expm1, fma, log1p
+from .device import HIGHEST, LN2, expm1, fma, log1p
 
 # Where the derivative by the focus index goes on to, when the gate is not held constant.
 HELD = tl.constexpr(0)
@@ -30,6 +30,8 @@ def finish_row(
     # confident row, and differences of logits are exact where lse would be rounded at the size of the logits.
     x_peak = fma(peak, k, -offset, MODE)
     e_peak = tl.exp2(x_peak)
+    # Logits of 2e8 and more: the offset's rounding no longer cancels. NaN, rather than a wrong number.
+    s = tl.where(tl.abs(offset) >= HIGHEST, float("nan"), s)
     log_sum = log1p(s / e_peak)
     logp = (z_target - peak) / temperature - log_sum
     p = tl.exp(logp)

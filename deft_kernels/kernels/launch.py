@@ -200,7 +200,8 @@ def row_loss(
     if stored:
         span = plan.tile * max(1, math.ceil(call.vocabulary / (plan.tile * splits)))
         splits = math.ceil(call.vocabulary / span)
-    states = torch.empty(call.count * splits * STATE_SIZE if stored else 0, device=call.device)
+    size = call.count * splits * STATE_SIZE if stored else 0
+    states = torch.empty(size, dtype=torch.float32, device=call.device)
     _for(statistics_kernel, min(call.vocabulary, 2))[(call.count, splits)](
         logits, labels, call.class_weight, call.weight_total, rows, loss, states if stored else rows,
         call.count, **call.position(), vocabulary=call.vocabulary, span=span, ignore_index=ignore_index,

@@ -10,7 +10,7 @@ fused_kernel        all of it for a row in one launch
 import triton
 import triton.language as tl
 
-from .device import narrowed, softcapped
+from .device import LOWEST, narrowed, softcapped
 from .finish import BY_COLLISION, BY_ENTROPY, BY_MAX_PROB, finish_row, store_ignored
 from .state import combine, count_ties, reduce_row
 from .sweep import write_gradient, write_zeros
@@ -143,7 +143,7 @@ def finish_kernel(
         at = states + row.to(tl.int64) * splits * 7 + part * 7
         inside = part < splits
         peak = tl.load(at, mask=inside, other=float("-inf"))
-        offset = tl.load(at + 1, mask=inside, other=-1e25)
+        offset = tl.load(at + 1, mask=inside, other=LOWEST)
         s = tl.load(at + 2, mask=inside, other=0.0)
         u = tl.load(at + 3, mask=inside, other=0.0)
         t = tl.load(at + 4, mask=inside, other=0.0)

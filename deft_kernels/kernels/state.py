@@ -62,6 +62,13 @@ def absorb(
     """One masked tile into the lanes' sums; the loop for heads, tails and transformed logits."""
     inside = (columns >= start) & (columns < stop)
     z = load_masked(row_ptr, columns, start, stop, softcap, SOFTCAP)
+    if SMOOTHED:
+        if WEIGHTED:
+            w = tl.load(class_weight + columns, mask=inside, other=0.0).to(tl.float32)
+            # A class of weight 0 adds nothing, masked or not.
+            zsum += tl.sum(tl.where(inside & (w != 0.0), z * w, 0.0), 1)
+        else:
+            zsum += tl.sum(tl.where(inside, z, 0.0), 1)
     if ENTROPY:
         z = finite(z, MASKED_LOGIT)
     peak = tl.maximum(peak, tl.max(z, 1))
@@ -72,13 +79,6 @@ def absorb(
     u += tl.sum(e * e, 1)
     if ENTROPY:
         t += tl.sum(e * x, 1)
-    if SMOOTHED:
-        if WEIGHTED:
-            w = tl.load(class_weight + columns, mask=inside, other=0.0).to(tl.float32)
-            # A class of weight 0 adds nothing, masked or not.
-            zsum += tl.sum(tl.where(inside & (w != 0.0), z * w, 0.0), 1)
-        else:
-            zsum += tl.sum(tl.where(inside, z, 0.0), 1)
     return peak, moved, s, u, t, zsum
 
 
