@@ -19,9 +19,11 @@ from .rows import finish
 from .spec import Spec
 from .statistics import Field
 
-# fp32 elements in a block, two such buffers at most: 2 x 4 MiB beyond the gradient.
-# Ratios to F.cross_entropy over 2^17 .. 2^21 are in docs/cpu.md; 2^20 is best or equal best.
-BLOCK_ELEMENTS = 2**20
+# Elements in a block: one fp32 buffer of 8 MiB and a quarter of one, or where passes need two whole ones (the
+# entropy, soft-capped logits, exact gates) two of 4 MiB. Ratios to F.cross_entropy for 2^19 to 2^21 are in
+# docs/cpu.md: larger blocks spread the cost of the row arithmetic, smaller ones sit in a nearer cache.
+BLOCK_ELEMENTS = 2**21
+SQUARES_PARTS = 4
 # Offsets beyond are rounded by more than 2^x can bear, see `kernels.device`.
 LARGEST_OFFSET = 2.0**28
 
@@ -41,12 +43,12 @@ def matrices(*tensors: Tensor) -> Iterator[list[Tensor]]:
         yield views
 
 
-def blocks(*tensors: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
-    """Row ranges with the block of each tensor; all have the same shape."""
+def blocks(elements: int, *tensors: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Row ranges of about `elements` with the block of each tensor; all have the same shape."""
     start = 0
     for views in matrices(*tensors):
         count, width = views[0].shape
-        step = max(1, BLOCK_ELEMENTS // width)
+        step = max(1, elements // width)
         for first in range(0, count, step):
             last = min(count, first + step)
             yield slice(start + first, start + last), [view[first:last] for view in views]
@@ -81,6 +83,9 @@ class _Block:
         # k as the buffers hold it, so that every pass uses the same number.
         self.k = torch.tensor(1.0 / LN2 / spec.temperature, dtype=self.dtype).item()
         self.class_weight = None if class_weight is None else class_weight.to(self.dtype)
+        two = spec.needs_entropy or spec.squares or spec.logs or spec.softcap > 0
+        two = two or (spec.label_smoothing > 0 and class_weight is not None)
+        self.elements = BLOCK_ELEMENTS // 2 if two else BLOCK_ELEMENTS
         self._scratch: dict[str, Tensor] = {}
 
     def scratch(self, name: str, rows: int) -> Tensor:
@@ -143,7 +148,8 @@ class _Block:
         e.scatter_(1, index, 0.0)
         rest = e.sum(-1)
         t = None if x is None else x.mul_(e).sum(-1)
-        u = torch.mul(e, e, out=self.scratch("second", len(z))).sum(-1)
+        parts = e.split(max(1, len(z) // SQUARES_PARTS))
+        u = torch.cat([torch.mul(p, p, out=self.scratch("squares", len(p))).sum(-1) for p in parts])
         e.scatter_(1, index, apart)
         self._record(rows, target, rest.double(), apart.squeeze(1).double(), u, t)
         return logit_sum
@@ -206,7 +212,8 @@ class _Block:
         if spec.softcap > 0:
             chain = torch.tanh(z.gather(1, index).squeeze(1).to(self.dtype) / spec.softcap)
             target = target * (1.0 - chain * chain)
-        out.scatter_(1, index, target.unsqueeze(1).to(out.dtype))
+        # Not scatter_: in bf16 it converts the whole of `out` to fp32 and back (200 against 7 us a block).
+        out.index_put_((torch.arange(len(out), device=out.device), index.squeeze(1)), target.to(out.dtype))
         kept = rows[Field.KEPT] != 0
         if out.device.type != "cpu" or not kept.all():
             out.masked_fill_(~kept.unsqueeze(1), 0.0)
@@ -257,7 +264,7 @@ def row_loss(
     valid = _valid(labels, ignore_index)
     sums = torch.zeros(count, dtype=torch.float64, device=logits.device) if spec.label_smoothing > 0 else None
     skip = logits.device.type == "cpu"
-    for span, (z,) in blocks(logits):
+    for span, (z,) in blocks(block.elements, logits):
         if skip and not valid[span].any():
             continue
         total = block.reduce(z, labels[span], rows[:, span], block.scratch("work", len(z)))
@@ -299,7 +306,7 @@ def row_loss_with_gradient(
     total = weights.pop("weight_total", None)
     direct = not (spec.squares or spec.logs or spec.peaks or spec.softcap or spec.label_smoothing)
     skip = logits.device.type == "cpu"
-    for span, (z, target) in blocks(logits, out):
+    for span, (z, target) in blocks(block.elements, logits, out):
         if skip and not valid[span].any():
             target.zero_()
             continue
@@ -335,7 +342,7 @@ def gradient(
     dloss = dloss.double()
     kept = rows[Field.KEPT] != 0
     skip = logits.device.type == "cpu"
-    for span, (z, target) in blocks(logits, out):
+    for span, (z, target) in blocks(block.elements, logits, out):
         if skip and not kept[span].any():
             target.zero_()
             continue

@@ -12,7 +12,7 @@ PTX = tl.constexpr(1)
 GENERIC = tl.constexpr(2)
 
 # Finite stand-in for the offset of nothing: (-inf) - (-inf) would be NaN. It bounds offsets from below,
-# because fl(k z) is off by up to half an ulp: 16 at 2^28, harmless, but 128 at 2^31, where 2^x overflows. So a
+# because fl(k z) is off by up to half an ulp: 16 at 2^28, harmless, but 128 at 2^31, where 2^x overflows. A
 # lane that has seen nothing but masks of -1e9 or -1e30 counts them as 0, as the stand-in for -inf below.
 LOWEST = tl.constexpr(-(2.0**28))
 HIGHEST = tl.constexpr(2.0**28)
