@@ -9,6 +9,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -24,7 +26,7 @@ OBJECTIVES = (
 FORMS = ("deft", "deft-exact", "deft-shannon-exact", "statistics")
 OPTIONS = "softcap,smoothing,weights,zloss,peel,stats"
 
-# Instructions a bf16 logit on sm_90, in the kernels' main loops (DESIGN.md, section 3).
+# Instructions a bf16 logit on sm_90, in the kernels' main loops: the core's budgets.
 STATISTICS, STATISTICS_ENTROPY, GRADIENT, GRADIENT_GENERAL = 9.0, 11.0, 6.5, 8.0
 
 
@@ -48,22 +50,44 @@ def assert_lean(records: list[dict]) -> None:
         assert record["stack_bytes"] == 0, record["variant"]
 
 
+def jobs() -> dict[str, list[tuple[str, ...]]]:
+    """The command lines behind each test."""
+    stored, ones = ("statistics-stored", "finish"), ("deft", "deft-max-exact")
+    found: dict[str, list[tuple[str, ...]]] = {}
+    for arch in ARCHITECTURES:
+        on = ("--arch", arch, "--dtype")
+        found[arch] = [
+            (*on, "bf16", "--kernel", "statistics", "--objective", *OBJECTIVES),
+            (*on, "bf16", "--kernel", "gradient", "fused", "--objective", *FORMS),
+            (*on, "fp16", "--kernel", *stored, "--objective", "deft", "eaft"),
+            (*on, "bf16", "fp32", "--objective", "statistics", "--options", OPTIONS),
+        ]
+    on = ("--arch", "90", "--dtype", "bf16", "--objective")
+    found["ones"] = [(*on, *ones, "--options", option) for option in ("ones", f"ones,{OPTIONS}")]
+    lean = ("deft", "deft-shannon", "deft-shannon-exact")
+    found["budgets"] = [(*on, *lean, "--kernel", "statistics", "gradient", "fused")]
+    return found
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Iterator[Callable[[str], list[dict]]]:
+    """Reports of a test's jobs; all jobs start at once, as many at a time as there are cores."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        running = {
+            name: [pool.submit(compile_ahead, *line) for line in lines] for name, lines in jobs().items()
+        }
+        yield lambda name: [record for future in running[name] for record in future.result()]
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_no_spills_and_no_stack(arch: str) -> None:
+def test_no_spills_and_no_stack(arch: str, compiled: Callable[[str], list[dict]]) -> None:
     """Every objective, every form of the gradient, and every option at once, in 2 and 4 bytes."""
-    on = ("--arch", arch, "--dtype")
-    assert_lean(compile_ahead(*on, "bf16", "--kernel", "statistics", "--objective", *OBJECTIVES))
-    assert_lean(compile_ahead(*on, "bf16", "--kernel", "gradient", "fused", "--objective", *FORMS))
-    stored = ("statistics-stored", "finish")
-    assert_lean(compile_ahead(*on, "fp16", "--kernel", *stored, "--objective", "deft", "eaft"))
-    assert_lean(compile_ahead(*on, "bf16", "fp32", "--objective", "statistics", "--options", OPTIONS))
+    assert_lean(compiled(arch))
 
 
-@pytest.mark.parametrize("options", ["ones", "ones,softcap,smoothing,weights,zloss,peel,stats"])
-def test_integers_that_are_one(options: str) -> None:
+def test_integers_that_are_one(compiled: Callable[[str], list[dict]]) -> None:
     """N = V = 1: Triton makes constants of integers that are 1, another program than the one for V > 1."""
-    one = ("--arch", "90", "--dtype", "bf16", "--objective", "deft", "deft-max-exact", "--options", options)
-    assert_lean(compile_ahead(*one))
+    assert_lean(compiled("ones"))
 
 
 def loops(records: list[dict], kernel: str, objective: str) -> list[dict]:
@@ -73,12 +97,9 @@ def loops(records: list[dict], kernel: str, objective: str) -> list[dict]:
     return found[0]["loops"]
 
 
-def test_instruction_budgets_on_sm_90() -> None:
+def test_instruction_budgets_on_sm_90(compiled: Callable[[str], list[dict]]) -> None:
     """The loops are bound by instruction issue: reading bf16 at full rate leaves about 15 a logit."""
-    records = compile_ahead(
-        "--arch", "90", "--dtype", "bf16", "--kernel", "statistics", "gradient", "fused",
-        "--objective", "deft", "deft-shannon", "deft-shannon-exact",
-    )  # fmt: skip
+    records = compiled("budgets")
 
     def instructions(loop: dict) -> float:
         assert loop["barriers"] == 0 and loop["shuffles"] == 0
