@@ -159,7 +159,7 @@ def deft_loss(  # type: ignore[misc]  # the overloads tell the return type apart
     weighting = Weighting(reduction, token_weight, weight, num_items)
 
     if callable(objective) and not isinstance(objective, Objective):
-        _refuse_for_function(inplace, grad_in_forward, settings["label_smoothing"], chosen)
+        _refuse_for_function(inplace, grad_in_forward, settings["label_smoothing"])
         stats = row_statistics(
             logits,
             flat.reshape(shape),
@@ -213,12 +213,11 @@ def _loss_with_gradient(
     return loss, rows
 
 
-def _refuse_for_function(inplace: bool, in_forward: bool | None, smoothing: float, backend: str) -> None:
+def _refuse_for_function(inplace: bool, in_forward: bool | None, smoothing: float) -> None:
     given = {"inplace": inplace, "grad_in_forward": bool(in_forward), "label_smoothing": smoothing > 0}
     for name, value in given.items():
         if value:
             raise ValueError(f"{name}: not available with an objective that is a function of RowStatistics")
-    del backend
 
 
 def _own_rows(

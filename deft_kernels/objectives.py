@@ -63,10 +63,6 @@ class Objective:
         return self.focus in ("shannon", "entropy", "statistics", "statistics+max")
 
     @property
-    def needs_max(self) -> bool:
-        return self.focus in ("max_prob", "statistics+max")
-
-    @property
     def needs_batch(self) -> bool:
         """Whether a row's loss depends on the other rows (the Cayley floor)."""
         return self.focus == "cayley" and self.mean_prob is None

@@ -40,10 +40,6 @@ class Spec:
         return self.statistics or self.objective.needs_entropy
 
     @property
-    def needs_max(self) -> bool:
-        return self.statistics or self.objective.needs_max
-
-    @property
     def squares(self) -> bool:
         """Whether the gradient has a term p_j^2 (through the collision probability)."""
         return self._through("collision", "statistics", "statistics+max")
