@@ -66,9 +66,10 @@ def check_ignore_index(ignore_index: Any) -> None:
         raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
 
 
-def check_flag(name: str, value: Any) -> None:
+def flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
+    return value
 
 
 def number(name: str, value: Any, low: float, high: float = math.inf, *, above: bool = False) -> float:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .formulas import LN2
+from .formulas import LN2, log2_scale
 from .spec import Spec
 from .statistics import Field
 
@@ -50,7 +50,7 @@ class Block:
         self.vocabulary = logits.shape[-1]
         self.device = logits.device
         # k as the buffers hold it, so that every pass uses the same number.
-        self.k = torch.tensor(1.0 / LN2 / spec.temperature, dtype=self.dtype).item()
+        self.k = log2_scale(spec.temperature, self.dtype)
         self.class_weight = None if class_weight is None else class_weight.to(self.dtype)
         two = spec.needs_entropy or spec.squares or spec.logs or spec.softcap > 0
         two = two or (spec.label_smoothing > 0 and class_weight is not None)

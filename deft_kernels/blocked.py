@@ -49,10 +49,6 @@ def _rows(count: int, logits: Tensor) -> Tensor:
     return torch.zeros(len(Field), count, dtype=torch.float64, device=logits.device)
 
 
-def _valid(labels: Tensor, ignore_index: int) -> Tensor:
-    return labels != ignore_index
-
-
 def row_loss(
     logits: Tensor, labels: Tensor, class_weight: Tensor | None, ignore_index: int, spec: Spec
 ) -> tuple[Tensor, Tensor]:
@@ -60,7 +56,7 @@ def row_loss(
     block = Block(logits, spec, class_weight)
     count = labels.numel()
     rows = _rows(count, logits)
-    valid = _valid(labels, ignore_index)
+    valid = labels != ignore_index
     sums = torch.zeros(count, dtype=torch.float64, device=logits.device) if spec.label_smoothing > 0 else None
     skip = logits.device.type == "cpu"
     for span, (z,) in blocks(block.elements, logits):
@@ -99,7 +95,7 @@ def row_loss_with_gradient(
     count = labels.numel()
     rows = _rows(count, logits)
     loss = torch.zeros(count, dtype=torch.float64, device=logits.device)
-    valid = _valid(labels, ignore_index)
+    valid = labels != ignore_index
     row_scale = row_scale.double()
     weights = _class_weights(block.class_weight, labels, valid)
     total = weights.pop("weight_total", None)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import arguments, backends, objectives, operators, reference
 from .objectives import Objective
-from .reductions import Reduction, Weighting, in_forward
+from .reductions import Reduction, Weighting, class_weights, in_forward
 from .spec import Spec
 from .statistics import Field, RowStatistics
 
@@ -146,10 +146,10 @@ def deft_loss(  # type: ignore[misc]  # the overloads tell the return type apart
     arguments.check_token_weight(token_weight, labels, logits)
     arguments.check_class_weight(weight, logits)
     arguments.check_num_items(num_items, reduction)
-    for name, flag in (("shift", shift), ("inplace", inplace), ("return_stats", return_stats)):
-        arguments.check_flag(name, flag)
+    for name, value in (("shift", shift), ("inplace", inplace), ("return_stats", return_stats)):
+        arguments.flag(name, value)
     if grad_in_forward is not None:
-        arguments.check_flag("grad_in_forward", grad_in_forward)
+        arguments.flag("grad_in_forward", grad_in_forward)
     settings = _transform(softcap, temperature)
     settings["z_loss"] = arguments.number("z_loss", z_loss, 0.0)
     settings["label_smoothing"] = arguments.number("label_smoothing", label_smoothing, 0.0, 1.0)
@@ -228,8 +228,7 @@ def _own_rows(
         got = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
         raise ValueError(f"objective: must return one loss a row, shape {tuple(stats.logp.shape)}, got {got}")
     if weight is not None:
-        index = labels.clamp(0, weight.numel() - 1)
-        rows = rows * weight.to(rows.dtype)[index].reshape(rows.shape)
+        rows = rows * class_weights(weight, labels, rows.dtype).reshape(rows.shape)
     return rows + z_loss * stats.lse**2 if z_loss > 0 else rows
 
 
@@ -294,7 +293,7 @@ def row_statistics(
     arguments.check_logits(logits)
     arguments.check_labels(labels, logits)
     arguments.check_ignore_index(ignore_index)
-    arguments.check_flag("shift", shift)
+    arguments.flag("shift", shift)
     settings = _transform(softcap, temperature)
     chosen = backends.choose(backend, logits.device, logits.dtype)
     shape, flat = labels.shape, _aligned(labels, shift, ignore_index)

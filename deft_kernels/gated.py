@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import objectives
-from .formulas import cayley_mean, evaluate
+from .formulas import cayley_mean, evaluate, outside_band
 from .objectives import Objective
 
 
@@ -32,8 +32,7 @@ class RowFormula(torch.autograd.Function):
         # A statistic that was not given is one that the formula does not read.
         given = [logp if s is None else s for s in (collision, entropy, max_prob)]
         value = evaluate(objective, logp, given[0], given[1], given[2], mean_prob)
-        p = logp.exp()
-        kept = valid & ~((p < objective.low) | (p > objective.high))
+        kept = valid & ~outside_band(objective, logp.exp())
         derivatives = (value.d_logp, value.d_collision, value.d_entropy, value.d_max_prob)
         ctx.save_for_backward(*(None if d is None else d.masked_fill(~kept, 0.0) for d in derivatives))
         return value.loss.masked_fill(~kept, 0.0)

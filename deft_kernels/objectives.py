@@ -25,7 +25,9 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
+
+from .arguments import flag, number
 
 Focus = Literal[
     "fixed", "collision", "shannon", "max_prob", "cayley", "prob", "entropy", "statistics", "statistics+max"
@@ -112,18 +114,6 @@ def _parse_band(keep: str | tuple[float, float]) -> tuple[float, float]:
     return low, high
 
 
-def _number(name: str, value: Any, low: float, high: float = math.inf, *, open_low: bool = False) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    value = float(value)
-    # In comparisons, which torch.compile can trace for a symbolic float; NaN fails the first.
-    inside = (value > low if open_low else value >= low) and value <= high and abs(value) != math.inf
-    if not inside:
-        bracket = "(" if open_low else "["
-        raise ValueError(f"{name}: expected a finite number in {bracket}{low}, {high}], got {value}")
-    return value
-
-
 def nll() -> Objective:
     """Cross-entropy: loss = -logp, gate 1."""
     return Objective("nll", "deformed", "fixed", alpha=0.0)
@@ -143,7 +133,7 @@ def tsallis(alpha: float | None = None, *, q: float | None = None) -> Objective:
     """
     if (alpha is None) == (q is None):
         raise ValueError("tsallis: give exactly one of alpha and q (q = 1 - alpha)")
-    value = _number("alpha", alpha, 0.0) if alpha is not None else 1.0 - _number("q", q, -math.inf, 1.0)
+    value = number("alpha", alpha, 0.0) if alpha is not None else 1.0 - number("q", q, -math.inf, 1.0)
     return Objective("tsallis", "deformed", "fixed", alpha=value)
 
 
@@ -159,8 +149,8 @@ def deft(order: float = 2, *, detach: bool = True, eps: float = 0.0) -> Objectiv
     foci: dict[float, Focus] = {2.0: "collision", 1.0: "shannon", math.inf: "max_prob"}
     if isinstance(order, bool) or not isinstance(order, (int, float)) or float(order) not in foci:
         raise ValueError(f"order: expected 1, 2 or math.inf, got {order!r}")
-    eps = _number("eps", eps, 0.0)
-    return Objective("deft", "deformed", foci[float(order)], detach=_flag("detach", detach), eps=eps)
+    eps = number("eps", eps, 0.0)
+    return Objective("deft", "deformed", foci[float(order)], detach=flag("detach", detach), eps=eps)
 
 
 def cayley(*, detach: bool = True, eps: float = 0.0, mean_prob: float | None = None) -> Objective:
@@ -176,10 +166,10 @@ def cayley(*, detach: bool = True, eps: float = 0.0, mean_prob: float | None = N
     Source: arXiv:2602.11424.
     """
     if mean_prob is not None:
-        mean_prob = _number("mean_prob", mean_prob, 0.0, 1.0)
-    eps = _number("eps", eps, 0.0)
-    flag = _flag("detach", detach)
-    return Objective("cayley", "deformed", "cayley", detach=flag, eps=eps, mean_prob=mean_prob)
+        mean_prob = number("mean_prob", mean_prob, 0.0, 1.0)
+    eps = number("eps", eps, 0.0)
+    detach = flag("detach", detach)
+    return Objective("cayley", "deformed", "cayley", detach=detach, eps=eps, mean_prob=mean_prob)
 
 
 def rational(alpha: float | str = "collision", *, detach: bool = True) -> Objective:
@@ -187,12 +177,12 @@ def rational(alpha: float | str = "collision", *, detach: bool = True) -> Object
 
     alpha: a number >= 0, or "collision" for alpha = sum p^2 (then `detach` as in `deft`).
     """
-    flag = _flag("detach", detach)
+    detach = flag("detach", detach)
     if isinstance(alpha, str):
         if alpha != "collision":
             raise ValueError(f"alpha: expected a number or 'collision', got {alpha!r}")
-        return Objective("rational", "rational", "collision", detach=flag)
-    return Objective("rational", "rational", "fixed", alpha=_number("alpha", alpha, 0.0), detach=flag)
+        return Objective("rational", "rational", "collision", detach=detach)
+    return Objective("rational", "rational", "fixed", alpha=number("alpha", alpha, 0.0), detach=detach)
 
 
 def dft(*, detach: bool = True) -> Objective:
@@ -200,7 +190,7 @@ def dft(*, detach: bool = True) -> Objective:
 
     A target of probability 0 has loss 0, the limit. Source: arXiv:2508.05629.
     """
-    return Objective("dft", "weighted", "prob", alpha=1.0, detach=_flag("detach", detach))
+    return Objective("dft", "weighted", "prob", alpha=1.0, detach=flag("detach", detach))
 
 
 def eaft(power: float = 1.0, *, top_k: float = 20, detach: bool = True) -> Objective:
@@ -209,15 +199,9 @@ def eaft(power: float = 1.0, *, top_k: float = 20, detach: bool = True) -> Objec
     H is exact over the whole vocabulary, where the public implementations use the top 20 logits and divide
     by ln 20 (LLaMA-Factory: by 3, which is ln 20 rounded: top_k=math.exp(3)). Source: arXiv:2601.02151.
     """
-    power = _number("power", power, 0.0, open_low=True)
-    top_k = _number("top_k", top_k, 1.0, open_low=True)
-    return Objective("eaft", "weighted", "entropy", power=power, top_k=top_k, detach=_flag("detach", detach))
-
-
-def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
-    return value
+    power = number("power", power, 0.0, above=True)
+    top_k = number("top_k", top_k, 1.0, above=True)
+    return Objective("eaft", "weighted", "entropy", power=power, top_k=top_k, detach=flag("detach", detach))
 
 
 def of_statistics(with_max: bool = True) -> Objective:

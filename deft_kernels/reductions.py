@@ -12,6 +12,11 @@ from .spec import Spec
 Reduction = Literal["mean", "sum", "none"]
 
 
+def class_weights(weight: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
+    """w_y of each row; of a label out of range anything, its row counts for nothing or is NaN."""
+    return weight.to(dtype)[labels.clamp(0, weight.numel() - 1)]
+
+
 class Weighting:
     """How row losses become the loss: token weights, and the denominator of the mean."""
 
@@ -37,9 +42,7 @@ class Weighting:
             return self.num_items
         if self.class_weight is None:
             return kept.sum().clamp(min=1).to(dtype)
-        vocabulary = self.class_weight.numel()
-        weights = self.class_weight.to(dtype)[labels.clamp(0, vocabulary - 1)]
-        total = torch.where(kept, weights, 0.0).sum()
+        total = torch.where(kept, class_weights(self.class_weight, labels, dtype), 0.0).sum()
         return torch.where(total == 0, 1.0, total)
 
     def reduce(self, rows: Tensor, kept: Tensor, labels: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .formulas import coefficients, evaluate
+from .formulas import coefficients, evaluate, outside_band
 from .spec import Spec
 from .statistics import Field
 
@@ -71,11 +71,9 @@ def finish(
     )
     kept, gate = valid, value.gate
     if objective.has_band:
-        p = logp.exp()
-        # Written so that a NaN row is kept: it must show, not vanish.
-        inside = ~((p < objective.low) | (p > objective.high))
-        kept = valid & inside
-        gate = gate.masked_fill(~inside, 0.0)
+        outside = outside_band(objective, logp.exp())
+        kept = valid & ~outside
+        gate = gate.masked_fill(outside, 0.0)
     rows[Field.ALPHA] = value.alpha
     rows[Field.GATE] = gate
     rows[Field.KEPT] = kept

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import lru_cache, wraps
+from functools import cached_property, lru_cache, wraps
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from ..backends import interpreted
-from ..formulas import LN2, cayley_mean
+from ..formulas import cayley_mean, log2_scale
 from ..spec import Spec
 from ..statistics import Field
 from . import finish, objectives, table
@@ -102,11 +102,6 @@ def _objective_scalars(spec: Spec) -> dict[str, float]:
     }
 
 
-def log2_scale(temperature: float) -> float:
-    """k = log2(e) / temperature as fp32 holds it."""
-    return torch.tensor(1.0 / LN2 / temperature, dtype=torch.float32).item()
-
-
 def _strides(logits: Tensor) -> tuple[int, int, int]:
     """(inner, outer, stride): row r lies at (r // inner) outer + (r % inner) stride."""
     dims = [d for d in zip(logits.shape[:-1], logits.stride()[:-1], strict=True) if d[0] != 1]
@@ -164,15 +159,25 @@ class _Call:
         self.logits, self.labels, self.spec = logits, labels, spec
         self.count, self.vocabulary = labels.numel(), logits.shape[-1]
         self.device, self.mode, self.k = logits.device, _mode(), log2_scale(spec.temperature)
-        self.constants = objective_constants(spec)
-        self.scalars = _objective_scalars(spec)
         self.weighted = class_weight is not None
         self.class_weight = logits if class_weight is None else class_weight
-        self.weight_total = logits if class_weight is None else class_weight.float().sum()
         self.softcap = spec.softcap > 0
         self.options = options(self.mode, self.softcap or spec.label_smoothing > 0)
         self.inner, *strides = _strides(logits)
         self.strides = (strides[0], strides[1])
+
+    # Of the statistics alone: a backward builds none of these, and launches no sum of the class weights.
+    @cached_property
+    def constants(self) -> dict[str, Any]:
+        return objective_constants(self.spec)
+
+    @cached_property
+    def scalars(self) -> dict[str, float]:
+        return _objective_scalars(self.spec)
+
+    @cached_property
+    def weight_total(self) -> Tensor:
+        return self.class_weight.float().sum() if self.weighted else self.logits
 
     def buffers(self) -> tuple[Tensor, Tensor]:
         rows = torch.empty(len(Field), self.count, dtype=torch.float32, device=self.device)
