@@ -39,6 +39,22 @@ def tile_gradient(
 
 
 @triton.jit
+def write_masked(
+    in_ptr, out_ptr, columns, start, stop, class_weight, k, softcap, offset, peak, a, b, c, peak_grad, spread,
+    SOFTCAP: tl.constexpr, SMOOTHED: tl.constexpr, WEIGHTED: tl.constexpr, SQUARES: tl.constexpr,
+    LOGS: tl.constexpr, PEAKS: tl.constexpr, MODE: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the columns of a tile that lie in [start, stop): a row's head and tail."""
+    inside = (columns >= start) & (columns < stop)
+    raw = tl.load(in_ptr + columns, mask=inside, other=0.0)
+    d = tile_gradient(
+        raw, columns, inside, class_weight, k, softcap, offset, peak, a, b, c, peak_grad, spread,
+        SOFTCAP, SMOOTHED, WEIGHTED, SQUARES, LOGS, PEAKS, MODE,
+    )  # fmt: skip
+    tl.store(out_ptr + columns, narrowed(d, out_ptr, MODE), mask=inside)
+
+
+@triton.jit
 def write_gradient(
     in_ptr, out_ptr, start, stop, lead, label, z_target, class_weight, k, softcap, offset, peak,
     a, b, c, peak_grad, target, spread,
@@ -54,14 +70,10 @@ def write_gradient(
     tile = (tl.arange(0, LANES) * WIDTH)[:, None] + tl.arange(0, WIDTH)[None, :]
     first = tl.multiple_of(start - lead, WIDTH)
     if lead > 0:
-        columns = first + tile
-        inside = (columns >= start) & (columns < stop)
-        raw = tl.load(in_ptr + columns, mask=inside, other=0.0)
-        d = tile_gradient(
-            raw, columns, inside, class_weight, k, softcap, offset, peak, a, b, c, peak_grad, spread,
-            SOFTCAP, SMOOTHED, WEIGHTED, SQUARES, LOGS, PEAKS, MODE,
+        write_masked(
+            in_ptr, out_ptr, first + tile, start, stop, class_weight, k, softcap, offset, peak, a, b, c,
+            peak_grad, spread, SOFTCAP, SMOOTHED, WEIGHTED, SQUARES, LOGS, PEAKS, MODE,
         )  # fmt: skip
-        tl.store(out_ptr + columns, narrowed(d, out_ptr, MODE), mask=inside)
         first += TILE
     while first + 2 * TILE <= stop:
         columns = first + tile
@@ -79,14 +91,10 @@ def write_gradient(
         tl.store(out_ptr + TILE + columns, narrowed(d1, out_ptr, MODE))
         first += 2 * TILE
     while first < stop:
-        columns = first + tile
-        inside = columns < stop
-        raw = tl.load(in_ptr + columns, mask=inside, other=0.0)
-        d = tile_gradient(
-            raw, columns, inside, class_weight, k, softcap, offset, peak, a, b, c, peak_grad, spread,
-            SOFTCAP, SMOOTHED, WEIGHTED, SQUARES, LOGS, PEAKS, MODE,
+        write_masked(
+            in_ptr, out_ptr, first + tile, start, stop, class_weight, k, softcap, offset, peak, a, b, c,
+            peak_grad, spread, SOFTCAP, SMOOTHED, WEIGHTED, SQUARES, LOGS, PEAKS, MODE,
         )  # fmt: skip
-        tl.store(out_ptr + columns, narrowed(d, out_ptr, MODE), mask=inside)
         first += TILE
     if SOFTCAP:
         ratio = z_target / softcap
