@@ -9,15 +9,18 @@ from torch import Tensor
 
 from .formulas import LN2, log2_scale
 from .spec import Spec
-from .statistics import Field
+from .statistics import Field, Fields
 
 # Elements in a block: one fp32 buffer of 8 MiB and a quarter of one, or where passes need two whole ones (the
 # entropy, soft-capped logits, exact gates) two of 4 MiB. Ratios to F.cross_entropy for 2^19 to 2^21 are in
 # docs/cpu.md: larger blocks spread the cost of the row arithmetic, smaller ones sit in a nearer cache.
 BLOCK_ELEMENTS = 2**21
-SQUARES_PARTS = 4
+# Columns whose squares are added one after another.
+STRETCH = 1280
 # Offsets beyond are rounded by more than 2^x can bear, see `kernels.device`.
 LARGEST_OFFSET = 2.0**28
+# Of sum e^(z_j - z_y): its square fits fp32, and so does a gate of 2^-50 divided by it and by the rows.
+LARGEST_SUM = 2.0**50
 
 
 def accumulation_dtype(logits: Tensor) -> torch.dtype:
@@ -41,6 +44,17 @@ def largest(z: Tensor) -> tuple[Tensor, Tensor]:
     return peak, torch.where(stretch < 16, column, stretch - 16 + 16 * width).unsqueeze(1)
 
 
+def squares(e: Tensor) -> Tensor:
+    """sum e^2 of each row by stretches: PyTorch's norm takes one pass and no buffer, but adds a whole row in
+    sequence, which at V = 128,256 costs three digits."""
+    whole = e.shape[1] // STRETCH * STRETCH
+    u = torch.linalg.vector_norm(e[:, whole:], dim=1).square_()
+    if whole:
+        parts = e[:, :whole].unflatten(1, (-1, STRETCH))
+        u += torch.linalg.vector_norm(parts, dim=2).square_().sum(1)
+    return u
+
+
 class Block:
     """Scratch of one call and the per-block passes over the vocabulary."""
 
@@ -49,12 +63,17 @@ class Block:
         self.dtype = accumulation_dtype(logits)
         self.vocabulary = logits.shape[-1]
         self.device = logits.device
+        # May a row's offset be its target's logit? Exponents far from 0 are rounded by up to 1e-6, which only
+        # fp32 and fp64 logits would show; an accelerator would have to wait for the host to see how it went.
+        self.rough = logits.device.type == "cpu" and logits.dtype in (torch.bfloat16, torch.float16)
         # k as the buffers hold it, so that every pass uses the same number.
         self.k = log2_scale(spec.temperature, self.dtype)
         self.class_weight = None if class_weight is None else class_weight.to(self.dtype)
         two = spec.needs_entropy or spec.squares or spec.logs or spec.softcap > 0
         two = two or (spec.label_smoothing > 0 and class_weight is not None)
         self.elements = BLOCK_ELEMENTS // 2 if two else BLOCK_ELEMENTS
+        most = max(1, self.elements // max(1, self.vocabulary))
+        self.row_numbers = torch.arange(most, device=self.device)
         self._scratch: dict[str, Tensor] = {}
 
     def scratch(self, name: str, rows: int) -> Tensor:
@@ -77,73 +96,124 @@ class Block:
         """[rows] as [rows, 1] in the dtype of the passes."""
         return vector.to(self.dtype).unsqueeze(1)
 
-    def exponentials(self, z: Tensor, rows: Tensor, out: Tensor) -> Tensor:
-        """e_j = 2^(k z_j - OFFSET) into `out`."""
-        torch.add(self.column(-rows[Field.OFFSET]), z, alpha=self.k, out=out)
+    def exponentials(self, z: Tensor, offset: Tensor, out: Tensor) -> Tensor:
+        """e_j = 2^(k z_j - offset [rows, 1]) into `out`."""
+        torch.add(-offset, z, alpha=self.k, out=out)
         return out.exp2_()
 
-    def reduce(self, z: Tensor, labels: Tensor, rows: Tensor, work: Tensor) -> Tensor | None:
-        """Statistics of a block into `rows`; leaves e_j in `work`. Returns sum_c w_c z_c if smoothing.
+    def reduce(
+        self, z: Tensor, index: Tensor, known: Tensor | None, work: Tensor
+    ) -> tuple[Fields, Tensor | None]:
+        """(statistics of a block, sum_c w_c z_c if smoothing); leaves e_j in `work`, the target's excepted.
 
-        One element stays out of the sums and is put back at the end: a sum that holds the 1 of a confident
-        row has lost the digits of its remainder, which is what that row's loss is made of. It is the target,
-        or for the entropy, where a confident row may be confident of another token, the largest.
+        index: [rows, 1], the target's column.  known: [rows], False where a label is out of range; None where
+        there are none.
+
+        One element stays out of the sums and is added at the end: a sum that holds the 1 of a confident row
+        has lost the digits of its remainder, which is what that row's loss is made of.
         """
-        spec, k = self.spec, self.k
+        if self.rough and known is None and not self.spec.needs_max:
+            found = self._about_target(z, index, work)
+            if found is not None:
+                return found
+        return self._about_largest(z, index, known, work)
+
+    def _about_target(self, z: Tensor, index: Tensor, work: Tensor) -> tuple[Fields, Tensor | None] | None:
+        """With the target's logit for an offset: -logp = log1p(sum of the others); no look at the largest.
+
+        None when some row's target is too improbable for that, or masked, or NaN: sums must not overflow,
+        nor the coefficients of the gradient underflow.
+        """
         z = self.softcapped(z, work)
-        # An out-of-range label reaches this point on accelerators only: NaN, as documented.
-        known = (labels >= 0) & (labels < self.vocabulary)
-        index = labels.where(known, 0).unsqueeze(1)
-        target = z.gather(1, index).squeeze(1).where(known, math.nan)
+        target = z.gather(1, index)
+        logit_sum = self.weighted_sum(z) if self.spec.label_smoothing > 0 else None
+        offset = target * self.k
+        e = self.exponentials(z, offset, work)
+        e.scatter_(1, index, 0.0)
+        sums = torch.stack([target.squeeze(1), offset.squeeze(1), e.sum(-1), squares(e)])
+        bounds = sums.abs().amax(1).tolist()
+        if not (bounds[1] < LARGEST_OFFSET and bounds[2] < LARGEST_SUM):
+            return None
+        target, offset, rest, u = sums.double().unbind()
+        # Not quite 1: the offset was rounded, k z_y in the passes is not.
+        apart = torch.exp2(target * self.k - offset)
+        s = rest + apart
+        logp = -torch.log1p(rest / apart)
+        fields = {Field.OFFSET: offset, Field.SUM: s, Field.LOGP: logp}
+        fields[Field.LSE] = target / self.spec.temperature - logp
+        fields[Field.COLLISION] = (u + apart * apart) / (s * s)
+        return fields, None if logit_sum is None else logit_sum.double()
+
+    def _about_largest(
+        self, z: Tensor, index: Tensor, known: Tensor | None, work: Tensor
+    ) -> tuple[Fields, Tensor | None]:
+        """With the largest logit for an offset; what stays out of the sums is the target, or for the entropy,
+        where a confident row may be confident of another token, the largest."""
+        spec = self.spec
+        z = self.softcapped(z, work)
+        target = z.gather(1, index).squeeze(1)
+        if known is not None:
+            target = target.where(known, math.nan)
         if spec.needs_entropy:
             peak, index = largest(z)
         else:
             peak = z.amax(-1)
-        rows[Field.CORRECT] = target >= peak
-        rows[Field.PEAK] = peak
+        fields: Fields = {}
         if spec.peaks:
-            rows[Field.TIES] = (z == peak.unsqueeze(1)).sum(-1)
-        logit_sum = self.weighted_sum(z) if spec.label_smoothing > 0 else None
-        offset = (peak * k).clamp(min=-LARGEST_OFFSET)
-        rows[Field.OFFSET] = offset
-        x = self.scratch("second", len(z)) if spec.needs_entropy else None
-        if x is not None:
+            fields[Field.TIES] = (z == peak.unsqueeze(1)).sum(-1).double()
+        logit_sum = self.weighted_sum(z).double() if spec.label_smoothing > 0 else None
+        offset = (peak * self.k).clamp_(min=-LARGEST_OFFSET)
+        # Logits of 2e8 and more: the offset's rounding no longer cancels. NaN, rather than a wrong number.
+        offset.masked_fill_(offset.abs() >= LARGEST_OFFSET, math.nan)
+        t = None
+        if spec.needs_entropy:
             # Masked logits would make 0 * -inf below; 2^-4000 is 0 in any dtype.
-            torch.add(-offset.unsqueeze(1), z, alpha=k, out=x).clamp_(min=-4000.0)
-            e = torch.exp2(x, out=work)
+            x = torch.add(-offset.unsqueeze(1), z, alpha=self.k, out=self.scratch("second", len(z)))
+            e = torch.exp2(x.clamp_(min=-4000.0), out=work)
         else:
-            e = self.exponentials(z, rows, work)
-        apart = e.gather(1, index)
+            e = self.exponentials(z, offset.unsqueeze(1), work)
+        held = e.gather(1, index)
         e.scatter_(1, index, 0.0)
         rest = e.sum(-1)
-        t = None if x is None else x.mul_(e).sum(-1)
-        parts = e.split(max(1, len(z) // SQUARES_PARTS))
-        u = torch.cat([torch.mul(p, p, out=self.scratch("squares", len(p))).sum(-1) for p in parts])
-        e.scatter_(1, index, apart)
-        self._record(rows, target, rest.double(), apart.squeeze(1).double(), u, t)
-        return logit_sum
+        if spec.needs_entropy:
+            t = x.mul_(e).sum(-1).double()
+        u = squares(e)
+        if spec.needs_entropy:
+            e.scatter_(1, index, held)
+        sums = torch.stack([target, peak, offset, rest, held.squeeze(1), u]).double()
+        target, peak, offset, rest, apart, u = sums.unbind()
+        self._statistics(fields, target, peak, offset, rest, apart, u, t)
+        return fields, logit_sum
 
-    def _record(
-        self, rows: Tensor, target: Tensor, rest: Tensor, apart: Tensor, u: Tensor, t: Tensor | None
+    def _statistics(
+        self,
+        fields: Fields,
+        target: Tensor,
+        peak: Tensor,
+        offset: Tensor,
+        rest: Tensor,
+        apart: Tensor,
+        u: Tensor,
+        t: Tensor | None,
     ) -> None:
-        """Statistics from a block's sums."""
-        offset, peak = rows[Field.OFFSET], rows[Field.PEAK]
-        # Logits of 2e8 and more: the offset's rounding no longer cancels. NaN, rather than a wrong number.
-        rest = rest.masked_fill(offset.abs() >= LARGEST_OFFSET, math.nan)
+        """Statistics from a block's sums, in float64: each is then rounded once, as the sums are."""
+        temperature = self.spec.temperature
         s = rest + apart
         x_peak = peak * self.k - offset
+        correct = target >= peak
         log_sum = torch.where(
-            rows[Field.CORRECT] > 0 if t is None else apart > 0.5,
+            correct if t is None else apart > 0.5,
             torch.log1p(rest / apart),
             torch.log(s) - x_peak * LN2,
         )
-        rows[Field.SUM] = s
-        rows[Field.LOGP] = (target.double() - peak) / self.spec.temperature - log_sum
-        rows[Field.LSE] = peak / self.spec.temperature + log_sum
-        rows[Field.COLLISION] = (u + apart * apart) / (s * s)
-        rows[Field.MAX_PROB] = torch.exp2(x_peak) / s
+        fields[Field.OFFSET], fields[Field.PEAK], fields[Field.SUM] = offset, peak, s
+        fields[Field.CORRECT] = correct.double()
+        fields[Field.LOGP] = (target - peak) / temperature - log_sum
+        fields[Field.LSE] = peak / temperature + log_sum
+        fields[Field.COLLISION] = (u + apart * apart) / (s * s)
+        fields[Field.MAX_PROB] = torch.exp2(x_peak) / s
         if t is not None:
-            rows[Field.ENTROPY] = (log_sum - LN2 * (t - x_peak * rest) / s).clamp_(min=0.0)
+            fields[Field.ENTROPY] = (log_sum - LN2 * (t - x_peak * rest) / s).clamp_(min=0.0)
 
     def weighted_sum(self, z: Tensor) -> Tensor:
         """sum_c w_c z_c / temperature; a class of weight 0 adds nothing, masked or not."""
@@ -155,7 +225,7 @@ class Block:
         return total / self.spec.temperature
 
     def write(
-        self, z: Tensor, labels: Tensor, rows: Tensor, scale: Tensor, out: Tensor, e: Tensor | None
+        self, z: Tensor, index: Tensor, fields: Fields, scale: Tensor, out: Tensor, e: Tensor | None
     ) -> None:
         """Gradient of a block times `scale` [rows] into `out`; `e`: its exponentials, when still at hand."""
         spec = self.spec
@@ -163,51 +233,46 @@ class Block:
         if spec.softcap > 0 and out.data_ptr() == z.data_ptr():
             z = z.clone()
         if e is None:
-            capped = self.softcapped(z, work)
-            e = self._general(capped, rows, scale, work)
+            e = self._general(self.softcapped(z, work), fields, scale, work)
             if spec.softcap > 0:
                 # d capped / dz = 1 - tanh^2, and tanh is computed anew: `work` no longer holds it.
                 slope = torch.div(z, spec.softcap, out=self.scratch("second", len(z))).tanh_()
                 e.mul_(slope.mul_(slope).neg_().add_(1.0))
-            if out is not e:
-                out.copy_(e)
         else:
             # Not mul(out=out): a narrower `out` would make PyTorch allocate the product first.
-            e.mul_(self.column(rows[Field.A] * scale))
-            if out is not e:
-                out.copy_(e)
-        target = rows[Field.TARGET] * scale
-        index = labels.clamp(0, self.vocabulary - 1).unsqueeze(1)
+            e.mul_(self.column(fields[Field.A] * scale))
+        if out is not e:
+            out.copy_(e)
+        target = fields[Field.TARGET] * scale
         if spec.softcap > 0:
             chain = torch.tanh(z.gather(1, index).squeeze(1).to(self.dtype) / spec.softcap)
             target = target * (1.0 - chain * chain)
         # Not scatter_: in bf16 it converts the whole of `out` to fp32 and back (200 against 7 us a block).
-        out.index_put_((torch.arange(len(out), device=out.device), index.squeeze(1)), target.to(out.dtype))
-        kept = rows[Field.KEPT] != 0
-        if out.device.type != "cpu" or not kept.all():
-            out.masked_fill_(~kept.unsqueeze(1), 0.0)
+        out.index_put_((self.row_numbers[: len(out)], index.squeeze(1)), target.to(out.dtype))
 
-    def _general(self, z: Tensor, rows: Tensor, scale: Tensor, work: Tensor) -> Tensor:
+    def _general(self, z: Tensor, fields: Fields, scale: Tensor, work: Tensor) -> Tensor:
         """e_j (A + B e_j + C x_j) + PEAK_GRAD [z_j is the max] - smoothing, times `scale`."""
         spec = self.spec
-        a, b, c = (self.column(rows[field] * scale) for field in (Field.A, Field.B, Field.C))
-        peaks = None
-        if spec.peaks:
-            peaks = z == self.column(rows[Field.PEAK])
+
+        def scaled(field: Field) -> Tensor:
+            return self.column(fields[field] * scale)
+
+        peaks = z == self.column(fields[Field.PEAK]) if spec.peaks else None
         second = self.scratch("second", len(z)) if spec.squares or spec.logs else None
+        a = scaled(Field.A)
         if spec.logs:
             assert second is not None
-            torch.add(self.column(-rows[Field.OFFSET]), z, alpha=self.k, out=second).clamp_(min=-4000.0)
+            torch.add(self.column(-fields[Field.OFFSET]), z, alpha=self.k, out=second).clamp_(min=-4000.0)
             e = torch.exp2(second, out=work)
-            factor = second.mul_(c).add_(a)
+            factor = second.mul_(scaled(Field.C)).add_(a)
             if spec.squares:
-                factor.addcmul_(e, b)
+                factor.addcmul_(e, scaled(Field.B))
             e.mul_(factor)
         else:
-            e = self.exponentials(z, rows, work)
-            e.mul_(a if second is None else torch.mul(e, b, out=second).add_(a))
+            e = self.exponentials(z, self.column(fields[Field.OFFSET]), work)
+            e.mul_(a if second is None else torch.mul(e, scaled(Field.B), out=second).add_(a))
         if peaks is not None:
-            e.add_(peaks * self.column(rows[Field.PEAK_GRAD] * scale))
+            e.add_(peaks * scaled(Field.PEAK_GRAD))
         if spec.label_smoothing > 0:
             share = self.column(scale * (spec.label_smoothing / self.vocabulary / spec.temperature))
             e.sub_(share if self.class_weight is None else share * self.class_weight)

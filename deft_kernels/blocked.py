@@ -18,7 +18,7 @@ from .block import Block
 from .formulas import cayley_mean
 from .rows import finish
 from .spec import Spec
-from .statistics import Field
+from .statistics import Field, pack, unpack
 
 
 def matrices(*tensors: Tensor) -> Iterator[list[Tensor]]:
@@ -44,9 +44,30 @@ def blocks(elements: int, *tensors: Tensor) -> Iterator[tuple[slice, list[Tensor
         start += count
 
 
-def _rows(count: int, logits: Tensor) -> Tensor:
-    """Fields in float64: a number a row costs nothing, and each is then rounded once, as the sums are."""
-    return torch.zeros(len(Field), count, dtype=torch.float64, device=logits.device)
+class _Labels:
+    """What the passes need of the labels, found once a call: [N] each, None where it changes nothing."""
+
+    def __init__(self, labels: Tensor, vocabulary: int, ignore_index: int):
+        inside = (labels >= 0) & (labels < vocabulary)
+        self.valid: Tensor | None = labels != ignore_index
+        # An out-of-range label gets this far on accelerators only: NaN, as documented.
+        self.known: Tensor | None = inside | ~self.valid
+        self.index = labels.where(inside, 0).unsqueeze(1)
+        self.host = labels.device.type == "cpu"
+        if self.host:
+            self.known = None if bool(self.known.all()) else self.known
+            self.valid = None if bool(self.valid.all()) else self.valid
+
+    def valid_in(self, span: slice) -> Tensor | None:
+        valid = None if self.valid is None else self.valid[span]
+        return None if valid is None or self.host and bool(valid.all()) else valid
+
+    def known_in(self, span: slice) -> Tensor | None:
+        return None if self.known is None else self.known[span]
+
+    def none_in(self, span: slice) -> bool:
+        """Whether a block has nothing to count, where the host sees that without waiting for a device."""
+        return self.host and self.valid is not None and not self.valid[span].any()
 
 
 def row_loss(
@@ -54,29 +75,30 @@ def row_loss(
 ) -> tuple[Tensor, Tensor]:
     """(loss [N], rows [len(Field), N]); labels [N] are checked by the caller where the host sees them."""
     block = Block(logits, spec, class_weight)
-    count = labels.numel()
-    rows = _rows(count, logits)
-    valid = labels != ignore_index
+    count, known = labels.numel(), _Labels(labels, block.vocabulary, ignore_index)
+    rows = torch.zeros(len(Field), count, dtype=torch.float64, device=logits.device)
     sums = torch.zeros(count, dtype=torch.float64, device=logits.device) if spec.label_smoothing > 0 else None
-    skip = logits.device.type == "cpu"
     for span, (z,) in blocks(block.elements, logits):
-        if skip and not valid[span].any():
+        if known.none_in(span):
             continue
-        total = block.reduce(z, labels[span], rows[:, span], block.scratch("work", len(z)))
+        work = block.scratch("work", len(z))
+        fields, total = block.reduce(z, known.index[span], known.known_in(span), work)
+        rows[:, span] = pack(fields)
         if sums is not None and total is not None:
             sums[span] = total
+    fields = unpack(rows)
     mean_prob: Tensor | float | None = spec.objective.mean_prob
     if spec.objective.needs_batch:
-        mean_prob = cayley_mean(rows[Field.LOGP], valid)
-    weights = _class_weights(block.class_weight, labels, valid)
-    loss = finish(spec, rows, valid, block.vocabulary, mean_prob=mean_prob, logit_sum=sums, **weights)
-    return loss.to(block.dtype), rows.to(block.dtype)
+        mean_prob = cayley_mean(fields[Field.LOGP], labels != ignore_index)
+    weights = _class_weights(block.class_weight, labels)
+    loss = finish(spec, fields, known.valid, block.vocabulary, mean_prob=mean_prob, logit_sum=sums, **weights)
+    return loss.to(block.dtype), pack(fields).to(block.dtype)
 
 
-def _class_weights(class_weight: Tensor | None, labels: Tensor, valid: Tensor) -> dict[str, Tensor]:
+def _class_weights(class_weight: Tensor | None, labels: Tensor) -> dict[str, Tensor]:
     if class_weight is None:
         return {}
-    known = valid & (labels >= 0) & (labels < class_weight.numel())
+    known = (labels >= 0) & (labels < class_weight.numel())
     target = class_weight[labels.where(known, 0)]
     return {"target_weight": target, "weight_total": class_weight.sum()}
 
@@ -92,35 +114,41 @@ def row_loss_with_gradient(
 ) -> tuple[Tensor, Tensor]:
     """`row_loss`, and the gradient of sum_i row_scale_i loss_i into `out` (which may be the logits)."""
     block = Block(logits, spec, class_weight)
-    count = labels.numel()
-    rows = _rows(count, logits)
-    loss = torch.zeros(count, dtype=torch.float64, device=logits.device)
-    valid = labels != ignore_index
+    count, known = labels.numel(), _Labels(labels, block.vocabulary, ignore_index)
+    rows = torch.zeros(len(Field), count, dtype=block.dtype, device=logits.device)
+    loss = torch.zeros(count, dtype=block.dtype, device=logits.device)
     row_scale = row_scale.double()
-    weights = _class_weights(block.class_weight, labels, valid)
+    weights = _class_weights(block.class_weight, labels)
     total = weights.pop("weight_total", None)
     direct = not (spec.squares or spec.logs or spec.peaks or spec.softcap or spec.label_smoothing)
-    skip = logits.device.type == "cpu"
     for span, (z, target) in blocks(block.elements, logits, out):
-        if skip and not valid[span].any():
+        if known.none_in(span):
             target.zero_()
             continue
         own = target.dtype == block.dtype and direct and target.data_ptr() != z.data_ptr()
         work = target if own else block.scratch("work", len(z))
-        part = rows[:, span]
-        logit_sum = block.reduce(z, labels[span], part, work)
+        index, valid = known.index[span], known.valid_in(span)
+        fields, logit_sum = block.reduce(z, index, known.known_in(span), work)
         loss[span] = finish(
             spec,
-            part,
-            valid[span],
+            fields,
+            valid,
             block.vocabulary,
             mean_prob=spec.objective.mean_prob,
             logit_sum=logit_sum,
             weight_total=total,
             target_weight=weights["target_weight"][span] if weights else None,
         )
-        block.write(z, labels[span], part, row_scale[span], target, work if direct else None)
-    return loss.to(block.dtype), rows.to(block.dtype)
+        rows[:, span] = pack(fields)
+        block.write(z, index, fields, row_scale[span], target, work if direct else None)
+        drop(target, fields[Field.KEPT], valid is not None or spec.objective.has_band)
+    return loss, rows
+
+
+def drop(target: Tensor, kept: Tensor, some: bool) -> None:
+    """Zero the gradient of rows that are not kept, which a product with a zero coefficient leaves NaN."""
+    if some and (target.device.type != "cpu" or not kept.all()):
+        target.masked_fill_((kept == 0).unsqueeze(1), 0.0)
 
 
 def gradient(
@@ -135,13 +163,15 @@ def gradient(
     """Gradient by the logits for an upstream `dloss` [N] into `out` (which may be the logits)."""
     block = Block(logits, spec, class_weight)
     dloss = dloss.double()
-    kept = rows[Field.KEPT] != 0
     skip = logits.device.type == "cpu"
+    index = labels.clamp(0, block.vocabulary - 1).unsqueeze(1)
     for span, (z, target) in blocks(block.elements, logits, out):
-        if skip and not kept[span].any():
+        fields = unpack(rows[:, span])
+        if skip and not fields[Field.KEPT].any():
             target.zero_()
             continue
-        block.write(z, labels[span], rows[:, span], dloss[span], target, None)
+        block.write(z, index[span], fields, dloss[span], target, None)
+        drop(target, fields[Field.KEPT], True)
 
 
 def match_upstream(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .objectives import Objective
-from .statistics import Field
+from .statistics import Field, Fields
 
 LN2 = math.log(2.0)
 ALPHA_MIN, ALPHA_MAX = 0.001, 1.0
@@ -71,26 +71,20 @@ def cayley_mean(logp: Tensor, valid: Tensor) -> Tensor:
     return total / valid.sum().clamp(min=1)
 
 
-def evaluate(
-    objective: Objective,
-    logp: Tensor,
-    collision: Tensor,
-    entropy: Tensor,
-    max_prob: Tensor,
-    mean_prob: Tensor | float | None = None,
-) -> Evaluation:
-    """Loss, focus index, gate and derivatives of each row; formulas in `objectives`."""
+def evaluate(objective: Objective, fields: Fields, mean_prob: Tensor | float | None = None) -> Evaluation:
+    """Loss, focus index, gate and derivatives of each row from its statistics; formulas in `objectives`."""
+    logp = fields[Field.LOGP]
     if objective.family == "weighted":
-        return _weighted(objective, logp, entropy)
+        return _weighted(objective, fields)
     slope: Tensor | None = None
     if objective.focus == "fixed":
         alpha = torch.full_like(logp, objective.alpha)
     elif objective.focus == "collision":
-        alpha = collision
+        alpha = fields[Field.COLLISION]
     elif objective.focus == "shannon":
-        alpha = torch.exp(-entropy)
+        alpha = torch.exp(-fields[Field.ENTROPY])
     elif objective.focus == "max_prob":
-        alpha = max_prob
+        alpha = fields[Field.MAX_PROB]
     else:
         assert mean_prob is not None
         p = logp.exp()
@@ -135,13 +129,15 @@ def _rational(logp: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor | Non
     return loss, gate * gate, -loss * loss
 
 
-def _weighted(objective: Objective, logp: Tensor, entropy: Tensor) -> Evaluation:
+def _weighted(objective: Objective, fields: Fields) -> Evaluation:
+    logp = fields[Field.LOGP]
     if objective.focus == "prob":
         weight = logp.exp()
         # p ln p tends to 0 with p.
         loss = torch.where(weight == 0, 0.0, -weight * logp)
         d_logp = -weight if objective.detach else loss - weight
         return Evaluation(loss, torch.ones_like(logp), weight, d_logp)
+    entropy = fields[Field.ENTROPY]
     ratio = entropy.clamp(min=0.0) / math.log(objective.top_k)
     weight = ratio.pow(objective.power)
     # A row of entropy 0 has weight 0, and an impossible target there is 0 * inf.
@@ -154,7 +150,7 @@ def _weighted(objective: Objective, logp: Tensor, entropy: Tensor) -> Evaluation
 
 
 def coefficients(
-    rows: Tensor,
+    rows: Fields,
     d_logp: Tensor,
     d_lse: Tensor | None = None,
     d_collision: Tensor | None = None,
@@ -162,7 +158,7 @@ def coefficients(
     d_max_prob: Tensor | None = None,
     *,
     temperature: float = 1.0,
-    target_extra: Tensor | float = 0.0,
+    target_extra: Tensor | float | None = None,
 ) -> None:
     """Fill the gradient fields of `rows` from the derivatives of a row's loss by its statistics.
 
@@ -200,11 +196,9 @@ def coefficients(
     if b is not None:
         rows[Field.B] = b / (s * s) / temperature
     if temperature != 1.0:
-        rows[Field.A] = a / (s * temperature)
-        rows[Field.TARGET] = target / temperature + target_extra
-    else:
-        rows[Field.A] = a / s
-        rows[Field.TARGET] = target + target_extra
+        s, target = s * temperature, target / temperature
+    rows[Field.A] = a / s
+    rows[Field.TARGET] = target if target_extra is None else target + target_extra
 
 
 def _add(left: Tensor | None, right: Tensor) -> Tensor:

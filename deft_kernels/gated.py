@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from . import objectives
 from .formulas import cayley_mean, evaluate, outside_band
 from .objectives import Objective
+from .statistics import Field
 
 
 class RowFormula(torch.autograd.Function):
@@ -29,9 +30,14 @@ class RowFormula(torch.autograd.Function):
         mean_prob: Tensor | float | None = objective.mean_prob
         if objective.needs_batch:
             mean_prob = cayley_mean(logp, valid)
+        given = {
+            Field.LOGP: logp,
+            Field.COLLISION: collision,
+            Field.ENTROPY: entropy,
+            Field.MAX_PROB: max_prob,
+        }
         # A statistic that was not given is one that the formula does not read.
-        given = [logp if s is None else s for s in (collision, entropy, max_prob)]
-        value = evaluate(objective, logp, given[0], given[1], given[2], mean_prob)
+        value = evaluate(objective, {f: s for f, s in given.items() if s is not None}, mean_prob)
         kept = valid & ~outside_band(objective, logp.exp())
         derivatives = (value.d_logp, value.d_collision, value.d_entropy, value.d_max_prob)
         ctx.save_for_backward(*(None if d is None else d.masked_fill(~kept, 0.0) for d in derivatives))

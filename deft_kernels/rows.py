@@ -7,13 +7,13 @@ from torch import Tensor
 
 from .formulas import coefficients, evaluate, outside_band
 from .spec import Spec
-from .statistics import Field
+from .statistics import Field, Fields, pack, unpack
 
 
 def finish(
     spec: Spec,
-    rows: Tensor,
-    valid: Tensor,
+    fields: Fields,
+    valid: Tensor | None,
     vocabulary: int,
     *,
     mean_prob: Tensor | float | None = None,
@@ -21,21 +21,19 @@ def finish(
     target_weight: Tensor | None = None,
     weight_total: Tensor | float | None = None,
 ) -> Tensor:
-    """Loss [R] of rows whose statistics stand in `rows` [len(Field), R]; fills the remaining fields.
+    """Loss [R] of rows whose statistics stand in `fields`; adds the remaining fields.
 
         loss = (1 - eps) w_y objective + eps / V (W lse - sum_c w_c z_c) + z_loss lse^2,  W = sum_c w_c
 
-    valid: bool [R], False for ignored rows.  logit_sum: sum_c w_c z_c [R], with label smoothing.
+    valid: bool [R], False for ignored rows; None where there are none.
+    logit_sum: sum_c w_c z_c [R], with label smoothing.
     target_weight: w_y [R] and weight_total: W, with class weights; otherwise w = 1, W = V.
     """
     objective = spec.objective
     if objective.family == "none":
-        rows[Field.KEPT] = valid
-        return drop(rows, torch.zeros_like(rows[0]), valid, valid)
-    logp, lse = rows[Field.LOGP], rows[Field.LSE]
-    value = evaluate(
-        objective, logp, rows[Field.COLLISION], rows[Field.ENTROPY], rows[Field.MAX_PROB], mean_prob
-    )
+        return _settle(fields, torch.zeros_like(fields[Field.LOGP]), valid, valid)
+    logp, lse = fields[Field.LOGP], fields[Field.LSE]
+    value = evaluate(objective, fields, mean_prob)
     loss = value.loss
     derivatives = [value.d_logp, None, value.d_collision, value.d_entropy, value.d_max_prob]
     scale: Tensor | float = 1.0 - spec.label_smoothing
@@ -45,7 +43,7 @@ def finish(
         loss = loss * scale
         derivatives = [None if d is None else d * scale for d in derivatives]
     d_lse: Tensor | None = None
-    target_extra: Tensor | float = 0.0
+    target_extra: Tensor | float | None = None
     if spec.label_smoothing > 0:
         assert logit_sum is not None
         share = spec.label_smoothing / vocabulary
@@ -60,7 +58,7 @@ def finish(
     d_logp, _, d_collision, d_entropy, d_max_prob = derivatives
     assert d_logp is not None
     coefficients(
-        rows,
+        fields,
         d_logp,
         d_lse,
         d_collision,
@@ -69,15 +67,14 @@ def finish(
         temperature=spec.temperature,
         target_extra=target_extra,
     )
-    kept, gate = valid, value.gate
+    fields[Field.ALPHA] = value.alpha
+    fields[Field.GATE] = value.gate
+    kept = valid
     if objective.has_band:
-        outside = outside_band(objective, logp.exp())
-        kept = valid & ~outside
-        gate = gate.masked_fill(outside, 0.0)
-    rows[Field.ALPHA] = value.alpha
-    rows[Field.GATE] = gate
-    rows[Field.KEPT] = kept
-    return drop(rows, loss, valid, kept)
+        inside = ~outside_band(objective, logp.exp())
+        fields[Field.GATE] = value.gate.masked_fill(~inside, 0.0)
+        kept = inside if valid is None else valid & inside
+    return _settle(fields, loss, valid, kept)
 
 
 def gradient_fields(
@@ -90,17 +87,20 @@ def gradient_fields(
     temperature: float,
 ) -> Tensor:
     """A copy of `rows` with the gradient fields for these upstream derivatives of the statistics."""
-    rows = rows.clone()
+    fields = unpack(rows)
     if d_logp is None:
-        d_logp = torch.zeros_like(rows[Field.LOGP])
-    coefficients(rows, d_logp, d_lse, d_collision, d_entropy, d_max_prob, temperature=temperature)
-    kept = rows[Field.KEPT] != 0
-    drop(rows, rows[Field.LOGP], kept, kept)
-    return rows
+        d_logp = torch.zeros_like(fields[Field.LOGP])
+    coefficients(fields, d_logp, d_lse, d_collision, d_entropy, d_max_prob, temperature=temperature)
+    kept = fields[Field.KEPT] != 0
+    _settle(fields, fields[Field.LOGP], kept, kept)
+    return pack(fields)
 
 
-def drop(rows: Tensor, loss: Tensor, valid: Tensor, kept: Tensor) -> Tensor:
-    """Zero the gradient of rows that are not kept and every field of ignored ones; NaN and inf included."""
-    rows[Field.A :].masked_fill_(~kept, 0.0)
-    rows[: Field.A].masked_fill_(~valid, 0.0)
-    return loss.masked_fill(~kept, 0.0)
+def _settle(fields: Fields, loss: Tensor, valid: Tensor | None, kept: Tensor | None) -> Tensor:
+    """Zero the loss and gradient of rows that are not kept and all of ignored ones, NaN and inf included."""
+    fields[Field.KEPT] = torch.ones_like(loss) if kept is None else kept.to(loss.dtype)
+    for field, value in fields.items():
+        keep = kept if field >= Field.A else valid
+        if keep is not None:
+            fields[field] = value.where(keep, 0.0)
+    return loss if kept is None else loss.where(kept, 0.0)

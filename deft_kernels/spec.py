@@ -40,6 +40,11 @@ class Spec:
         return self.statistics or self.objective.needs_entropy
 
     @property
+    def needs_max(self) -> bool:
+        """Whether the loss or the caller wants the largest logit, not just some offset near it."""
+        return self.needs_entropy or self.objective.focus == "max_prob"
+
+    @property
     def squares(self) -> bool:
         """Whether the gradient has a term p_j^2 (through the collision probability)."""
         return self._through("collision", "statistics", "statistics+max")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -38,6 +39,9 @@ class Field(IntEnum):
     coefficients of the gradient for an upstream of 1 (see `rows.coefficients`).
     """
 
+    # Enum's own is a Python function that hashes the name, a third of a dictionary's time.
+    __hash__ = int.__hash__
+
     LOGP = 0
     LSE = 1
     COLLISION = 2
@@ -56,3 +60,17 @@ class Field(IntEnum):
     C = 15
     PEAK_GRAD = 16
     TARGET = 17
+
+
+# The fields of some rows while they are worked on, each [R]; what is absent is zero.
+Fields = dict[Field, Tensor]
+
+
+def unpack(rows: Tensor) -> Fields:
+    return dict(zip(Field, rows.unbind(), strict=True))
+
+
+def pack(fields: Fields) -> Tensor:
+    """[len(Field), R], in one operator instead of a store for each field."""
+    zero = torch.zeros_like(fields[Field.LOGP])
+    return torch.stack([fields.get(field, zero) for field in Field])

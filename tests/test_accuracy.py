@@ -87,6 +87,33 @@ def test_every_objective(name: str, kind: str, backend: str, device: str) -> Non
     assert gradient_excess(gradient, exact) <= 1.0
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("gap", [0.0, 20.0, 34.0, 35.0, 50.0, 200.0, math.inf])
+@pytest.mark.parametrize("name", ["nll", "deft", "neg_prob"])
+def test_improbable_targets(name: str, gap: float, dtype: torch.dtype, backend: str, device: str) -> None:
+    """One row whose target lies `gap` below the largest logit, among plain rows, and alone.
+
+    34 and 35: about where the CPU's half-precision rows can no longer be summed relative to their target
+    (2^50). 50: where the squares of such sums would overflow fp32.
+    """
+    z, y = make("plain", 3, 97, dtype)
+    z[1, y[1]] = z[1].max() - gap
+    on = device if backend == "triton" else "cpu"
+    for rows in (slice(None), slice(1, 2)):
+        both_of = both(z[rows].to(on), y[rows].to(on), EVERY[name], backend)
+        loss, gradient, oracle, exact, gate = (t.cpu() for t in both_of)
+        assert loss_excess(loss, oracle, gate) <= 1.0
+        assert gradient_excess(gradient, exact) <= 1.0
+        # The visit that makes the gradient for a sum is another path than the one above.
+        x = z[rows].to(on).requires_grad_()
+        deft_loss(x, y[rows].to(on), objective=EVERY[name], reduction="sum", grad_in_forward=True,
+                  backend=backend).backward()  # fmt: skip
+        xx = z[rows].double().requires_grad_()
+        deft_loss(xx, y[rows], objective=EVERY[name], reduction="sum", backend="reference").backward()
+        assert x.grad is not None and xx.grad is not None
+        assert gradient_excess(x.grad.cpu(), xx.grad) <= 1.0
+
+
 def _errors(z: Tensor, y: Tensor, backend: str | None) -> tuple[Tensor, Tensor]:
     """Errors of the row losses and of the gradient against float64; backend None is `F.cross_entropy`."""
     exact, mine = z.double().requires_grad_(), z.clone().requires_grad_()
