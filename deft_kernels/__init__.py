@@ -3,17 +3,20 @@
 from . import objectives, reference
 from .functional import deft_loss, row_statistics
 from .gated import gated_loss
-from .modules import DEFTLoss
+from .linear import fused_linear_deft_loss
+from .modules import DEFTLoss, FusedLinearDEFTLoss
 from .objectives import Objective
 from .statistics import RowStatistics
 from .version import __version__
 
 __all__ = [
     "DEFTLoss",
+    "FusedLinearDEFTLoss",
     "Objective",
     "RowStatistics",
     "__version__",
     "deft_loss",
+    "fused_linear_deft_loss",
     "gated_loss",
     "objectives",
     "reference",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,17 +27,24 @@ def check_logits(logits: Any, name: str = "logits") -> None:
         raise ValueError(f"{name}: the vocabulary (last dimension) is empty, shape {tuple(logits.shape)}")
 
 
-def check_no_tangent(logits: Tensor) -> None:
+def check_no_tangent(tensor: Tensor, name: str = "logits") -> None:
     """Operators have a backward only; a forward-mode tangent would be dropped without a word."""
     if getattr(forward_ad, "_current_level", -1) < 0:
         return
-    if forward_ad.unpack_dual(logits).tangent is not None:
+    if forward_ad.unpack_dual(tensor).tangent is not None:
         raise RuntimeError(
-            'logits: forward-mode differentiation is not supported; backend="reference" has it'
+            f'{name}: forward-mode differentiation is not supported; backend="reference" has it'
         )
 
 
-def check_labels(labels: Any, logits: Tensor) -> None:
+class Outline(NamedTuple):
+    """What the checks ask of logits, where there are none."""
+
+    shape: tuple[int, ...]
+    device: torch.device
+
+
+def check_labels(labels: Any, logits: Tensor | Outline) -> None:
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels: expected a Tensor, got {type(labels).__name__}")
     if labels.dtype not in INTEGERS:
@@ -51,7 +58,7 @@ def check_labels(labels: Any, logits: Tensor) -> None:
     _same_device("labels", labels, logits)
 
 
-def _same_device(name: str, tensor: Tensor, logits: Tensor) -> None:
+def _same_device(name: str, tensor: Tensor, logits: Tensor | Outline) -> None:
     if tensor.device != logits.device:
         raise ValueError(f"{name}: is on {tensor.device}, the logits are on {logits.device}")
 
@@ -84,7 +91,7 @@ def number(name: str, value: Any, low: float, high: float = math.inf, *, above: 
     return float(value)
 
 
-def check_token_weight(token_weight: Any, labels: Tensor, logits: Tensor) -> None:
+def check_token_weight(token_weight: Any, labels: Tensor, logits: Tensor | Outline) -> None:
     if token_weight is None:
         return
     if not isinstance(token_weight, Tensor):
@@ -98,7 +105,7 @@ def check_token_weight(token_weight: Any, labels: Tensor, logits: Tensor) -> Non
     _same_device("token_weight", token_weight, logits)
 
 
-def check_class_weight(weight: Any, logits: Tensor, name: str = "weight") -> None:
+def check_class_weight(weight: Any, logits: Tensor | Outline, name: str = "weight") -> None:
     if weight is None:
         return
     if not isinstance(weight, Tensor):

@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from . import arguments, backends, objectives, operators, reference
+from .calls import RowLoss, aligned, own_rows, statistics_record, transform
 from .objectives import Objective
-from .reductions import Reduction, Weighting, class_weights, in_forward
+from .reductions import Reduction, Weighting, in_forward
 from .spec import Spec
 from .statistics import Field, RowStatistics
-
-RowLoss = Callable[[RowStatistics], Tensor]
-
-
-def _aligned(labels: Tensor, shift: bool, ignore_index: int) -> Tensor:
-    """Flat int64 labels; with `shift`, position t gets the label of t + 1 and the last one ignore_index."""
-    labels = labels.long()
-    if shift:
-        if labels.dim() == 0:
-            raise ValueError("shift: needs labels with a time dimension, got a scalar")
-        if labels.shape[-1] > 0:
-            labels = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
-    # The kernels step through labels one by one: a strided vector would be read wrong.
-    return labels.reshape(-1).contiguous()
 
 
 def _addressable(logits: Tensor) -> Tensor:
@@ -41,27 +27,6 @@ def _addressable(logits: Tensor) -> Tensor:
     for (_, outer), (size, inner) in itertools.pairwise(leading):
         merged += outer != size * inner
     return logits if merged <= 2 else logits.contiguous()
-
-
-def _transform(softcap: Any, temperature: Any) -> dict[str, Any]:
-    cap = 0.0 if softcap is None else arguments.number("softcap", softcap, 0.0, above=True)
-    return {"softcap": cap, "temperature": arguments.number("temperature", temperature, 0.0, above=True)}
-
-
-def _statistics(rows: Tensor, shape: torch.Size) -> RowStatistics:
-    def field(index: Field) -> Tensor:
-        return rows[index].reshape(shape)
-
-    return RowStatistics(
-        field(Field.LOGP),
-        field(Field.LSE),
-        field(Field.COLLISION),
-        field(Field.ENTROPY),
-        field(Field.MAX_PROB),
-        field(Field.CORRECT) != 0,
-        field(Field.ALPHA),
-        field(Field.GATE),
-    )
 
 
 @overload
@@ -150,11 +115,11 @@ def deft_loss(  # type: ignore[misc]  # the overloads tell the return type apart
         arguments.flag(name, value)
     if grad_in_forward is not None:
         arguments.flag("grad_in_forward", grad_in_forward)
-    settings = _transform(softcap, temperature)
+    settings = transform(softcap, temperature)
     settings["z_loss"] = arguments.number("z_loss", z_loss, 0.0)
     settings["label_smoothing"] = arguments.number("label_smoothing", label_smoothing, 0.0, 1.0)
     chosen = backends.choose(backend, logits.device, logits.dtype)
-    shape, flat = labels.shape, _aligned(labels, shift, ignore_index)
+    shape, flat = labels.shape, aligned(labels, shift, ignore_index)
     weight = None if weight is None else weight.contiguous()
     weighting = Weighting(reduction, token_weight, weight, num_items)
 
@@ -168,7 +133,7 @@ def deft_loss(  # type: ignore[misc]  # the overloads tell the return type apart
             temperature=temperature,
             backend=backend,
         )
-        rows = _own_rows(objective, stats, weight, flat, settings["z_loss"])
+        rows = own_rows(objective, stats, weight, flat, settings["z_loss"])
         valid = flat != ignore_index
         loss = weighting.reduce(torch.where(valid, rows.reshape(-1), 0.0), valid, flat)
         loss = loss.reshape(shape) if reduction == "none" else loss
@@ -197,7 +162,7 @@ def deft_loss(  # type: ignore[misc]  # the overloads tell the return type apart
         row_losses, rows = operators.row_loss(logits, flat, weight, ignore_index, code, numbers)
         loss = weighting.reduce(row_losses, rows[Field.KEPT] != 0, flat)
         loss = loss.reshape(shape) if reduction == "none" else loss
-    return (loss, _statistics(rows, shape)) if return_stats else loss
+    return (loss, statistics_record(rows, shape)) if return_stats else loss
 
 
 def _loss_with_gradient(
@@ -218,18 +183,6 @@ def _refuse_for_function(inplace: bool, in_forward: bool | None, smoothing: floa
     for name, value in given.items():
         if value:
             raise ValueError(f"{name}: not available with an objective that is a function of RowStatistics")
-
-
-def _own_rows(
-    objective: RowLoss, stats: RowStatistics, weight: Tensor | None, labels: Tensor, z_loss: float
-) -> Tensor:
-    rows = objective(stats)
-    if not isinstance(rows, Tensor) or rows.shape != stats.logp.shape:
-        got = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
-        raise ValueError(f"objective: must return one loss a row, shape {tuple(stats.logp.shape)}, got {got}")
-    if weight is not None:
-        rows = rows * class_weights(weight, labels, rows.dtype).reshape(rows.shape)
-    return rows + z_loss * stats.lse**2 if z_loss > 0 else rows
 
 
 def _reference(
@@ -294,9 +247,9 @@ def row_statistics(
     arguments.check_labels(labels, logits)
     arguments.check_ignore_index(ignore_index)
     arguments.flag("shift", shift)
-    settings = _transform(softcap, temperature)
+    settings = transform(softcap, temperature)
     chosen = backends.choose(backend, logits.device, logits.dtype)
-    shape, flat = labels.shape, _aligned(labels, shift, ignore_index)
+    shape, flat = labels.shape, aligned(labels, shift, ignore_index)
     if chosen == "reference":
         operators.check_labels(flat, logits.shape[-1], ignore_index)
         valid = (flat != ignore_index).reshape(shape)

@@ -20,7 +20,7 @@ from .statistics import Field
 # torch.library infers an operator's schema from annotations, so they are spelled with `typing` here.
 
 
-def _implementation(spec: Spec) -> Any:
+def implementation(spec: Spec) -> Any:
     if spec.backend == "triton":
         from .kernels import launch
 
@@ -57,7 +57,7 @@ def row_loss(
     """(loss [N], rows [len(Field), N]) of every row."""
     spec = decode(code, numbers)
     check_labels(labels, logits.shape[-1], ignore_index)
-    return _implementation(spec).row_loss(logits, labels, class_weight, ignore_index, spec)
+    return implementation(spec).row_loss(logits, labels, class_weight, ignore_index, spec)
 
 
 @row_loss.register_fake
@@ -80,7 +80,7 @@ def row_loss_with_gradient(
     spec = decode(code, numbers)
     check_labels(labels, logits.shape[-1], ignore_index)
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    loss, rows = _implementation(spec).row_loss_with_gradient(
+    loss, rows = implementation(spec).row_loss_with_gradient(
         logits, labels, row_scale, class_weight, ignore_index, spec, dlogits
     )
     return (loss * row_scale).sum(), rows, dlogits
@@ -106,7 +106,7 @@ def row_loss_with_gradient_(
     """`row_loss_with_gradient` that leaves the gradient in the logits' storage."""
     spec = decode(code, numbers)
     check_labels(labels, logits.shape[-1], ignore_index)
-    loss, rows = _implementation(spec).row_loss_with_gradient(
+    loss, rows = implementation(spec).row_loss_with_gradient(
         logits, labels, row_scale, class_weight, ignore_index, spec, logits
     )
     return (loss * row_scale).sum(), rows
@@ -131,7 +131,7 @@ def logits_gradient(
     """Gradient by the logits for an upstream `dloss` [N], in the logits' dtype, contiguous."""
     spec = decode(code, numbers)
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    _implementation(spec).gradient(logits, labels, class_weight, rows, dloss, spec, dlogits)
+    implementation(spec).gradient(logits, labels, class_weight, rows, dloss, spec, dlogits)
     return dlogits
 
 
@@ -152,7 +152,7 @@ def logits_gradient_(
 ) -> None:
     """`logits_gradient` that overwrites the logits with it."""
     spec = decode(code, numbers)
-    _implementation(spec).gradient(logits, labels, class_weight, rows, dloss, spec, logits)
+    implementation(spec).gradient(logits, labels, class_weight, rows, dloss, spec, logits)
 
 
 @torch.library.custom_op("deft_kernels::match_upstream_", mutates_args=("dlogits",))
@@ -173,7 +173,7 @@ def match_upstream_(
     round a second time; without them (they were overwritten) it is scaled.
     """
     spec = decode(code, numbers)
-    _implementation(spec).match_upstream(
+    implementation(spec).match_upstream(
         dlogits, upstream, logits, labels, row_scale, class_weight, rows, spec
     )
 
@@ -185,7 +185,7 @@ def row_statistics(
     """(logp, lse, collision, entropy, max_prob), each [N], and rows; differentiable in the first five."""
     spec = decode(code, numbers)
     check_labels(labels, logits.shape[-1], ignore_index)
-    _, rows = _implementation(spec).row_loss(logits, labels, None, ignore_index, spec)
+    _, rows = implementation(spec).row_loss(logits, labels, None, ignore_index, spec)
     picked = (Field.LOGP, Field.LSE, Field.COLLISION, Field.ENTROPY, Field.MAX_PROB)
     logp, lse, collision, entropy, max_prob = (rows[field].clone() for field in picked)
     return logp, lse, collision, entropy, max_prob, rows
@@ -217,14 +217,14 @@ def scalar_upstream(ctx: Any, upstream: Tensor) -> Tensor:
     return dlogits
 
 
-def _no_double_backward(*_: Any) -> None:
+def no_double_backward(*_: Any) -> None:
     raise RuntimeError(
         "deft_kernels: the backward is not differentiable a second time (create_graph=True); "
         'use backend="reference" for second derivatives'
     )
 
 
-def _save_nothing(ctx: Any, inputs: Any, output: Any) -> None:
+def save_nothing(ctx: Any, inputs: Any, output: Any) -> None:
     pass
 
 
@@ -239,7 +239,7 @@ def _row_loss_backward(ctx: Any, dloss: Tensor, _: Any) -> Any:
     args = (labels, class_weight, rows, dloss, ctx.code, ctx.numbers)
     if decode(ctx.code, ctx.numbers).inplace:
         if torch.is_grad_enabled():
-            _no_double_backward()
+            no_double_backward()
         # detach shares storage and version counter: a later use of the logits raises.
         overwritten = logits.detach()
         logits_gradient_(overwritten, *args)
@@ -283,7 +283,7 @@ def _statistics_backward(ctx: Any, *upstream: Any) -> Any:
 row_loss.register_autograd(_row_loss_backward, setup_context=_setup_row_loss)
 row_loss_with_gradient.register_autograd(_with_gradient_backward, setup_context=_setup_with_gradient)
 row_statistics.register_autograd(_statistics_backward, setup_context=_setup_statistics)
-logits_gradient.register_autograd(_no_double_backward, setup_context=_save_nothing)
+logits_gradient.register_autograd(no_double_backward, setup_context=save_nothing)
 
 
 class InPlaceLoss(torch.autograd.Function):
@@ -315,7 +315,7 @@ class InPlaceLoss(torch.autograd.Function):
     def backward(ctx: Any, dtotal: Tensor, _: Any) -> Any:
         # once_differentiable speaks up only when dtotal itself carries a graph.
         if torch.is_grad_enabled():
-            _no_double_backward()
+            no_double_backward()
         labels, row_scale, class_weight, rows = ctx.saved_tensors
         dlogits, ctx.dlogits = ctx.dlogits, None
         if dlogits is None:

@@ -71,17 +71,22 @@ class Weighting:
         return any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
 
 
+def in_forward_obstacle(spec: Spec, weighting: Weighting) -> str | None:
+    """Why the gradient cannot be made in the forward; None when it can."""
+    if weighting.reduction == "none":
+        return 'each row\'s upstream is unknown with reduction="none"'
+    if spec.objective.needs_batch:
+        return "cayley needs the batch's mean p first; pass objectives.cayley(mean_prob=...)"
+    if spec.objective.has_band and weighting.reduction == "mean" and weighting.num_items is None:
+        return "a band on p leaves the mean's denominator unknown until every row is read; pass num_items"
+    if weighting.differentiable:
+        return "token_weight and num_items that require a gradient need the rows' losses"
+    return None
+
+
 def in_forward(wanted: bool | None, spec: Spec, weighting: Weighting, logits: Tensor) -> bool:
     """Whether the gradient is made in the forward; raises when that was asked for and cannot be."""
-    reason = None
-    if weighting.reduction == "none":
-        reason = 'each row\'s upstream is unknown with reduction="none"'
-    elif spec.objective.needs_batch:
-        reason = "cayley needs the batch's mean p first; pass objectives.cayley(mean_prob=...)"
-    elif spec.objective.has_band and weighting.reduction == "mean" and weighting.num_items is None:
-        reason = "a band on p leaves the mean's denominator unknown until every row is read; pass num_items"
-    elif weighting.differentiable:
-        reason = "token_weight and num_items that require a gradient need the rows' losses"
+    reason = in_forward_obstacle(spec, weighting)
     if wanted and reason is not None:
         raise ValueError(f"grad_in_forward: {reason}")
     if wanted is not None:

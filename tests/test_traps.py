@@ -195,7 +195,7 @@ def test_tails(vocabulary, dtype, kind, backend, device):
     logits.copy_(base.to(device))
     labels = labels.to(device)
     spec = Spec(objectives.deft(detach=False), statistics=True, backend=backend)
-    implementation = operators._implementation(spec)
+    implementation = operators.implementation(spec)
     loss, rows = implementation.row_loss(logits, labels, None, -100, spec)
     upstream = torch.tensor([1.3, -0.6], device=device)
     room = torch.full((n + 2, vocabulary + 9), math.nan, device=device, dtype=dtype)
@@ -236,7 +236,7 @@ def test_ignored_rows_are_written(inplace, backend, device):
     logits, labels = logits.to(device), labels.to(device)
     labels[[0, 2]] = -100
     spec = Spec(objectives.deft(), backend=backend)
-    implementation = operators._implementation(spec)
+    implementation = operators.implementation(spec)
     ones = torch.ones(4, device=device)
     outs = []
     _, rows = implementation.row_loss(logits, labels, None, -100, spec)

@@ -322,9 +322,15 @@ def match_upstream(
     if logits is not None:
         gradient(logits, labels, class_weight, rows, row_scale, spec, dlogits, upstream)
         return
-    plan = table.gradient(dlogits.shape[-1], dlogits.element_size(), _warp())
-    inner, outer, stride = _strides(dlogits)
-    scale_kernel[(labels.numel(),)](
-        dlogits, upstream, inner, outer, stride, dlogits.shape[-1],
+    scale(dlogits, upstream)
+
+
+@_on_device
+def scale(gradient: Tensor, upstream: Tensor) -> None:
+    """gradient [..., V] *= upstream; decided on the device, which reads and writes nothing where it is 1."""
+    plan = table.gradient(gradient.shape[-1], gradient.element_size(), _warp())
+    inner, outer, stride = _strides(gradient)
+    scale_kernel[(gradient.numel() // gradient.shape[-1],)](
+        gradient, upstream, inner, outer, stride, gradient.shape[-1],
         LANES=plan.lanes, WIDTH=plan.width, MODE=_mode(), num_warps=plan.num_warps, **options(_mode(), False),
     )  # fmt: skip

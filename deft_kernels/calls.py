@@ -1,0 +1,60 @@
+"""What the public calls have in common: labels and settings on the way in, statistics on the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import arguments
+from .reductions import class_weights
+from .statistics import Field, RowStatistics
+
+RowLoss = Callable[[RowStatistics], Tensor]
+
+
+def aligned(labels: Tensor, shift: bool, ignore_index: int) -> Tensor:
+    """Flat int64 labels; with `shift`, position t gets the label of t + 1 and the last one ignore_index."""
+    labels = labels.long()
+    if shift:
+        if labels.dim() == 0:
+            raise ValueError("shift: needs labels with a time dimension, got a scalar")
+        if labels.shape[-1] > 0:
+            labels = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
+    # The kernels step through labels one by one: a strided vector would be read wrong.
+    return labels.reshape(-1).contiguous()
+
+
+def transform(softcap: Any, temperature: Any) -> dict[str, Any]:
+    cap = 0.0 if softcap is None else arguments.number("softcap", softcap, 0.0, above=True)
+    return {"softcap": cap, "temperature": arguments.number("temperature", temperature, 0.0, above=True)}
+
+
+def statistics_record(rows: Tensor, shape: torch.Size) -> RowStatistics:
+    def field(index: Field) -> Tensor:
+        return rows[index].reshape(shape)
+
+    return RowStatistics(
+        field(Field.LOGP),
+        field(Field.LSE),
+        field(Field.COLLISION),
+        field(Field.ENTROPY),
+        field(Field.MAX_PROB),
+        field(Field.CORRECT) != 0,
+        field(Field.ALPHA),
+        field(Field.GATE),
+    )
+
+
+def own_rows(
+    objective: RowLoss, stats: RowStatistics, weight: Tensor | None, labels: Tensor, z_loss: float
+) -> Tensor:
+    rows = objective(stats)
+    if not isinstance(rows, Tensor) or rows.shape != stats.logp.shape:
+        got = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+        raise ValueError(f"objective: must return one loss a row, shape {tuple(stats.logp.shape)}, got {got}")
+    if weight is not None:
+        rows = rows * class_weights(weight, labels, rows.dtype).reshape(rows.shape)
+    return rows + z_loss * stats.lse**2 if z_loss > 0 else rows

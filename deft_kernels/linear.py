@@ -1,0 +1,244 @@
+"""The public call over hidden states, whose logits are never whole: `fused_linear_deft_loss`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from . import arguments, backends, linear_operators, objectives
+from .calls import RowLoss, aligned, own_rows, statistics_record, transform
+from .functional import deft_loss
+from .gathered import whole
+from .objectives import Objective
+from .reductions import Reduction, Weighting, in_forward_obstacle
+from .spec import Spec
+from .statistics import Field, RowStatistics
+
+# Bytes of the chunk buffer. CPU: docs/linear.md has the measurement. GPUs: not measured; one chunk for 4096
+# bf16 rows of a Llama 3 vocabulary, because every further chunk reads and writes the fp32 sum of dW once.
+CHUNK_BYTES = {"cpu": 32 * 2**20}
+CHUNK_BYTES_ELSEWHERE = 2**30
+
+
+def _check_head(hidden: Any, weight: Any, bias: Any) -> None:
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if tensor is None and name == "bias":
+            continue
+        arguments.check_logits(tensor, name)
+        if name != "hidden" and tensor.device != hidden.device:
+            raise ValueError(f"{name}: is on {tensor.device}, hidden is on {hidden.device}")
+        arguments.check_no_tangent(tensor, name)
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"weight: expected shape [V, {hidden.shape[-1]}], as hidden is {tuple(hidden.shape)}, "
+            f"got {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+
+
+def _product_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
+    """The dtype `F.linear` would multiply in: autocast's, which leaves float64 alone, or the tensors' own."""
+    others = (("weight", weight),) if bias is None else (("weight", weight), ("bias", bias))
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind) and torch.float64 not in (hidden.dtype, weight.dtype):
+        return torch.get_autocast_dtype(kind)
+    for name, tensor in others:
+        if tensor.dtype != hidden.dtype:
+            raise TypeError(f"{name}: is {tensor.dtype}, hidden is {hidden.dtype}; cast one, or use autocast")
+    return hidden.dtype
+
+
+def _budget(chunk_bytes: Any, hidden: Tensor) -> int:
+    if chunk_bytes is None:
+        return CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES_ELSEWHERE)
+    if isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int):
+        raise TypeError(f"chunk_bytes: expected an int, got {type(chunk_bytes).__name__}")
+    if chunk_bytes < 1:
+        raise ValueError(f"chunk_bytes: expected a positive number of bytes, got {chunk_bytes}")
+    return chunk_bytes
+
+
+@overload
+def fused_linear_deft_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    return_stats: Literal[False] = False,
+    **keywords: Any,
+) -> Tensor: ...
+@overload
+def fused_linear_deft_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    return_stats: Literal[True],
+    **keywords: Any,
+) -> tuple[Tensor, RowStatistics]: ...
+def fused_linear_deft_loss(  # type: ignore[misc]  # the overloads tell the return type apart
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    objective: str | Objective | RowLoss = "deft",
+    reduction: Reduction = "mean",
+    ignore_index: int = -100,
+    token_weight: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    num_items: Tensor | float | None = None,
+    shift: bool = False,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    chunk_bytes: int | None = None,
+    return_stats: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, RowStatistics]:
+    """`deft_loss` of a linear layer's logits, from its input, without ever holding all logits.
+
+        deft_loss(logit_scale * F.linear(hidden, weight, bias), labels, weight=class_weight, ...)
+
+    Rows that count for nothing are left out before the first matrix product; the others go through one buffer
+    of logits, chunk by chunk, and their gradient is written over them there.
+
+    Args:
+        hidden: [..., D], fp32, bf16, fp16 or fp64.
+        weight: [V, D], the lm_head, of hidden's dtype unless under autocast; a DTensor is gathered, and its
+            gradient averaged over the ranks.
+        labels: [...], integer. Rows whose label is `ignore_index` count for nothing.
+        bias: [V].
+        class_weight: [V], the `weight` of `deft_loss`.
+        logit_scale: a positive number that multiplies the logits (Cohere's logit_scale, 1 / Granite's
+            logits_scaling), before softcap and temperature.
+        chunk_bytes: size of the buffer of logits; a chunk holds at least one row. None: 32 MiB on a CPU,
+            1 GiB elsewhere.
+        objective, reduction, ignore_index, token_weight, num_items, shift, softcap, temperature, z_loss,
+        label_smoothing, return_stats, backend: as in `deft_loss`. backend="reference" is not chunked.
+
+    Returns: as `deft_loss`. The logits are those that F.linear would give, in its dtype; the gradients have
+        the dtype of hidden, weight and bias, that of weight and bias summed in fp32 and cast once.
+    Raises: as `deft_loss`; TypeError for hidden, weight and bias of different dtypes without autocast.
+    Memory: chunk_bytes, 18 numbers a row, and the gradients that are wanted; with half-precision products and
+        more than one chunk also dW in fp32 until it is cast; under autocast the weight's copy in its dtype.
+        Matrix products: 1 without gradients. 3 with them, which a mean or a sum makes in the forward. 4 where
+        they wait for the backward: "none", float16 (which would lose small gradients before the loss scale is
+        known), a mean over a band on p without num_items, differentiable token_weight or num_items, and a
+        function of RowStatistics. `cayley` makes the logits once more first, for the batch's mean p, unless
+        mean_prob is given.
+    Limits: first derivatives only. On a GPU the host waits once for the number of rows that count, and once
+        for cayley's mean p.
+    Source: DEFT, arXiv:2602.11424.
+    """
+    arguments.check_reduction(reduction)
+    arguments.check_ignore_index(ignore_index)
+    arguments.check_num_items(num_items, reduction)
+    for name, value in (("shift", shift), ("return_stats", return_stats)):
+        arguments.flag(name, value)
+    hidden, weight, bias = whole(hidden, weight, bias)
+    _check_head(hidden, weight, bias)
+    outline = arguments.Outline((*hidden.shape[:-1], weight.shape[0]), hidden.device)
+    arguments.check_labels(labels, outline)
+    arguments.check_token_weight(token_weight, labels, outline)
+    arguments.check_class_weight(class_weight, outline, "class_weight")
+    budget = _budget(chunk_bytes, hidden)
+    scale = arguments.number("logit_scale", logit_scale, 0.0, above=True)
+    settings = transform(softcap, temperature)
+    settings["z_loss"] = arguments.number("z_loss", z_loss, 0.0)
+    settings["label_smoothing"] = arguments.number("label_smoothing", label_smoothing, 0.0, 1.0)
+    product = _product_dtype(hidden, weight, bias)
+    chosen = backends.choose(backend, hidden.device, product)
+    if chosen == "reference":
+        options: dict[str, Any] = {"num_items": num_items, "shift": shift, "return_stats": return_stats}
+        options |= {"objective": objective, "reduction": reduction, "ignore_index": ignore_index, **settings}
+        options |= {"softcap": softcap, "token_weight": token_weight, "weight": class_weight}
+        logits = torch.nn.functional.linear(hidden, weight, bias) * scale
+        return deft_loss(logits, labels, backend=backend, **options)
+
+    # scale * x enters softcap * tanh(x / softcap) / temperature as another softcap and temperature.
+    settings["softcap"] /= scale
+    settings["temperature"] /= scale
+    class_weight = None if class_weight is None else class_weight.contiguous()
+    call = _Call(hidden, weight, bias, aligned(labels, shift, ignore_index), ignore_index, product, budget)
+    weighting = Weighting(reduction, token_weight, class_weight, num_items)
+    if callable(objective) and not isinstance(objective, Objective):
+        if settings["label_smoothing"] > 0:
+            raise ValueError(
+                "label_smoothing: not available with an objective that is a function of RowStatistics"
+            )
+        spec = Spec(objectives.of_statistics(), **settings, statistics=True, backend=chosen)
+        loss, stats = call.of_function(objective, spec, weighting, labels.shape)
+    else:
+        spec = Spec(objectives.resolve(objective), **settings, statistics=return_stats, backend=chosen)
+        loss, rows = call.of_objective(spec, weighting)
+        stats = statistics_record(rows, labels.shape)
+    loss = loss.reshape(labels.shape) if reduction == "none" else loss
+    return (loss, stats) if return_stats else loss
+
+
+class _Call:
+    """A checked call: what its operators share."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        ignore_index: int,
+        product: torch.dtype,
+        budget: int,
+    ):
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        grad = torch.is_grad_enabled()
+        inputs = (hidden, weight, bias)
+        self.wanted = [grad and tensor is not None and tensor.requires_grad for tensor in inputs]
+        self.inputs, self.labels, self.ignore_index = inputs, labels, ignore_index
+        self.product, self.budget = product, budget
+
+    def _settings(self, spec: Spec) -> tuple[Any, ...]:
+        return (self.wanted, self.product, self.budget, self.ignore_index, *spec.encode())
+
+    def of_objective(self, spec: Spec, weighting: Weighting) -> tuple[Tensor, Tensor]:
+        """(loss, rows); the loss [N] for "none"."""
+        classes = weighting.class_weight
+        if self._in_forward(spec, weighting):
+            dtype = torch.float64 if self.product == torch.float64 else torch.float32
+            scale = weighting.row_scale(self.labels != self.ignore_index, self.labels, dtype)
+            args = (*self.inputs, self.labels, scale, classes, *self._settings(spec))
+            loss, rows, *_ = linear_operators.linear_loss_with_gradient(*args)
+            return loss, rows
+        args = (*self.inputs, self.labels, classes, *self._settings(spec))
+        loss, rows = linear_operators.linear_row_loss(*args)
+        return weighting.reduce(loss, rows[Field.KEPT] != 0, self.labels), rows
+
+    def _in_forward(self, spec: Spec, weighting: Weighting) -> bool:
+        if not any(self.wanted) or self.product == torch.float16:
+            return False
+        # The extra pass for cayley's mean belongs to the operator here, so its rows wait for nothing.
+        known = replace(spec, objective=replace(spec.objective, mean_prob=spec.objective.mean_prob or 0.0))
+        return in_forward_obstacle(known, weighting) is None
+
+    def of_function(
+        self, objective: RowLoss, spec: Spec, weighting: Weighting, shape: torch.Size
+    ) -> tuple[Tensor, RowStatistics]:
+        """(loss, detached statistics) of an objective that is a function of differentiable statistics."""
+        plain = replace(spec, z_loss=0.0, label_smoothing=0.0)
+        args = (*self.inputs, self.labels, *self._settings(plain))
+        *vectors, rows = linear_operators.linear_statistics(*args)
+        logp, lse, collision, entropy, max_prob = (vector.reshape(shape) for vector in vectors)
+        correct = rows[Field.CORRECT].reshape(shape) != 0
+        stats = RowStatistics(logp, lse, collision, entropy, max_prob, correct)
+        losses = own_rows(objective, stats, weighting.class_weight, self.labels, spec.z_loss)
+        valid = self.labels != self.ignore_index
+        loss = weighting.reduce(torch.where(valid, losses.reshape(-1), 0.0), valid, self.labels)
+        return loss, RowStatistics(*(s.detach() for s in stats if s is not None))

@@ -1,0 +1,242 @@
+"""The operators of the loss from hidden states, registered as those of `operators` are, and their backward.
+
+hidden is [N, D], labels are flat. `product` is the dtype of the matrix products, `budget` the bytes of the
+chunk buffer, `wanted` says which gradients of (hidden, weight, bias) to make.
+"""
+
+from dataclasses import replace
+from typing import Any, List, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from . import chunks, objectives
+from .chunks import Head
+from .operators import check_labels, implementation, no_double_backward, save_nothing
+from .rows import gradient_fields
+from .spec import decode
+from .statistics import Field
+
+
+def _outside_autocast(hidden: Tensor) -> torch.autocast:
+    """The products' dtype is settled; autocast must not choose another one inside the operator."""
+    return torch.autocast(hidden.device.type, enabled=False)
+
+
+def _results(hidden: Tensor, product: torch.dtype) -> Tuple[Tensor, Tensor]:
+    dtype = torch.float64 if product == torch.float64 else torch.float32
+    count = hidden.shape[0]
+    return hidden.new_empty(count, dtype=dtype), hidden.new_empty((len(Field), count), dtype=dtype)
+
+
+def _gradients(hidden: Tensor, weight: Tensor, bias: Optional[Tensor], wanted: List[bool]) -> Any:
+    inputs = (hidden, weight, hidden if bias is None else bias)
+    return tuple(x.new_empty(x.shape if want else (0,)) for x, want in zip(inputs, wanted, strict=True))
+
+
+@torch.library.custom_op("deft_kernels::linear_row_loss", mutates_args=())
+def linear_row_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],
+    labels: Tensor,
+    class_weight: Optional[Tensor],
+    wanted: List[bool],
+    product: torch.dtype,
+    budget: int,
+    ignore_index: int,
+    code: str,
+    numbers: List[float],
+) -> Tuple[Tensor, Tensor]:
+    """(loss [N], rows [len(Field), N]) of every row; `wanted` is for the backward."""
+    spec = decode(code, numbers)
+    check_labels(labels, weight.shape[0], ignore_index)
+    with _outside_autocast(hidden):
+        head = Head(hidden, weight, bias, product, budget)
+        return chunks.row_loss(implementation(spec), head, labels, class_weight, ignore_index, spec)
+
+
+@linear_row_loss.register_fake
+def _(hidden, weight, bias, labels, class_weight, wanted, product, budget, ignore_index, code, numbers):
+    return _results(hidden, product)
+
+
+@torch.library.custom_op("deft_kernels::linear_loss_with_gradient", mutates_args=())
+def linear_loss_with_gradient(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],
+    labels: Tensor,
+    row_scale: Tensor,
+    class_weight: Optional[Tensor],
+    wanted: List[bool],
+    product: torch.dtype,
+    budget: int,
+    ignore_index: int,
+    code: str,
+    numbers: List[float],
+) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(sum_i row_scale_i loss_i, rows, its gradients by hidden, weight and bias)."""
+    spec = decode(code, numbers)
+    check_labels(labels, weight.shape[0], ignore_index)
+    with _outside_autocast(hidden):
+        head = Head(hidden, weight, bias, product, budget)
+        loss, rows, gradients = chunks.loss_with_gradient(
+            implementation(spec), head, labels, row_scale, class_weight, ignore_index, spec, wanted
+        )
+        return ((loss * row_scale).sum(), rows, *gradients)
+
+
+@linear_loss_with_gradient.register_fake
+def _(
+    hidden,
+    weight,
+    bias,
+    labels,
+    row_scale,
+    class_weight,
+    wanted,
+    product,
+    budget,
+    ignore_index,
+    code,
+    numbers,
+):
+    loss, rows = _results(hidden, product)
+    return loss.new_empty(()), rows, *_gradients(hidden, weight, bias, wanted)
+
+
+@torch.library.custom_op("deft_kernels::linear_gradient", mutates_args=())
+def linear_gradient(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],
+    labels: Tensor,
+    class_weight: Optional[Tensor],
+    rows: Tensor,
+    dloss: Tensor,
+    wanted: List[bool],
+    product: torch.dtype,
+    budget: int,
+    code: str,
+    numbers: List[float],
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """Gradients by hidden, weight and bias for an upstream `dloss` [N]; makes the logits anew."""
+    spec = decode(code, numbers)
+    with _outside_autocast(hidden):
+        head = Head(hidden, weight, bias, product, budget)
+        return chunks.gradient(implementation(spec), head, labels, class_weight, rows, dloss, spec, wanted)
+
+
+@linear_gradient.register_fake
+def _(hidden, weight, bias, labels, class_weight, rows, dloss, wanted, product, budget, code, numbers):
+    return _gradients(hidden, weight, bias, wanted)
+
+
+@torch.library.custom_op("deft_kernels::linear_statistics", mutates_args=())
+def linear_statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],
+    labels: Tensor,
+    wanted: List[bool],
+    product: torch.dtype,
+    budget: int,
+    ignore_index: int,
+    code: str,
+    numbers: List[float],
+) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logp, lse, collision, entropy, max_prob), each [N], and rows; differentiable in the first five."""
+    args = (hidden, weight, bias, labels, None, wanted, product, budget, ignore_index, code, numbers)
+    _, rows = linear_row_loss(*args)
+    picked = (Field.LOGP, Field.LSE, Field.COLLISION, Field.ENTROPY, Field.MAX_PROB)
+    logp, lse, collision, entropy, max_prob = (rows[field].clone() for field in picked)
+    return logp, lse, collision, entropy, max_prob, rows
+
+
+@linear_statistics.register_fake
+def _(hidden, weight, bias, labels, wanted, product, budget, ignore_index, code, numbers):
+    vectors = (_results(hidden, product)[0] for _ in range(5))
+    return (*vectors, _results(hidden, product)[1])
+
+
+def _given(gradients: Any, wanted: List[bool], inputs: int) -> Any:
+    """What autograd expects of a backward: a gradient or None for each of the operator's `inputs`."""
+    made = (gradient if want else None for gradient, want in zip(gradients, wanted, strict=True))
+    return (*made, *[None] * (inputs - 3))
+
+
+def _setup_row_loss(ctx: Any, inputs: Any, output: Any) -> None:
+    *tensors, ctx.wanted, ctx.product, ctx.budget, _, ctx.code, ctx.numbers = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _row_loss_backward(ctx: Any, dloss: Tensor, _: Any) -> Any:
+    args = (dloss, ctx.wanted, ctx.product, ctx.budget, ctx.code, ctx.numbers)
+    return _given(linear_gradient(*ctx.saved_tensors, *args), ctx.wanted, 11)
+
+
+def _setup_with_gradient(ctx: Any, inputs: Any, output: Any) -> None:
+    *tensors, ctx.wanted, ctx.product, ctx.budget, _, ctx.code, ctx.numbers = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.gradients = output[2:]
+
+
+def _with_gradient_backward(ctx: Any, dtotal: Optional[Tensor], *_: Any) -> Any:
+    if dtotal is None:
+        return (None,) * 12
+    # Handing out the only reference lets autograd keep the tensors as .grad without a copy.
+    gradients, ctx.gradients = ctx.gradients, None
+    if gradients is not None and type(gradients[0]) is not Tensor:
+        # A traced backward may not overwrite what its forward returned.
+        return _given([gradient * dtotal for gradient in gradients], ctx.wanted, 12)
+    if gradients is None or torch.is_grad_enabled():
+        # Given away by an earlier backward; or with create_graph=True, which `linear_gradient` refuses.
+        hidden, weight, bias, labels, row_scale, class_weight, rows = ctx.saved_tensors
+        dloss = (dtotal * row_scale).to(rows.dtype)
+        args = (rows, dloss, ctx.wanted, ctx.product, ctx.budget, ctx.code, ctx.numbers)
+        gradients = linear_gradient(hidden, weight, bias, labels, class_weight, *args)
+        return _given(gradients, ctx.wanted, 12)
+    for gradient in gradients:
+        scale_(gradient, dtotal, decode(ctx.code, ctx.numbers).backend)
+    return _given(gradients, ctx.wanted, 12)
+
+
+def scale_(gradient: Tensor, upstream: Tensor, backend: str) -> None:
+    """gradient *= upstream, left alone where that is 1; on a GPU the device decides, and nobody waits."""
+    if gradient.numel() == 0:
+        return
+    if backend == "triton":
+        from .kernels import launch
+
+        launch.scale(gradient, upstream)
+    elif upstream.device.type != "cpu" or upstream.item() != 1.0:
+        gradient.mul_(upstream)
+
+
+def _setup_statistics(ctx: Any, inputs: Any, output: Any) -> None:
+    *tensors, ctx.wanted, ctx.product, ctx.budget, _, ctx.code, ctx.numbers = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[5])
+    ctx.save_for_backward(*tensors, output[5])
+
+
+def _statistics_backward(ctx: Any, *upstream: Any) -> Any:
+    hidden, weight, bias, labels, rows = ctx.saved_tensors
+    spec = decode(ctx.code, ctx.numbers)
+    d_logp, d_lse, d_collision, d_entropy, d_max_prob, _ = upstream
+    if all(d is None for d in upstream):
+        return (None,) * 10
+    rows = gradient_fields(rows, d_logp, d_lse, d_collision, d_entropy, d_max_prob, spec.temperature)
+    code, numbers = replace(spec, objective=objectives.of_statistics(d_max_prob is not None)).encode()
+    args = (rows, torch.ones_like(rows[0]), ctx.wanted, ctx.product, ctx.budget, code, numbers)
+    return _given(linear_gradient(hidden, weight, bias, labels, None, *args), ctx.wanted, 10)
+
+
+linear_row_loss.register_autograd(_row_loss_backward, setup_context=_setup_row_loss)
+linear_loss_with_gradient.register_autograd(_with_gradient_backward, setup_context=_setup_with_gradient)
+linear_statistics.register_autograd(_statistics_backward, setup_context=_setup_statistics)
+linear_gradient.register_autograd(no_double_backward, setup_context=save_nothing)
