@@ -17,7 +17,7 @@ logits a load, and lanes meet once a row: no barrier and no shuffle in the loop.
 import triton
 import triton.language as tl
 
-from .device import LOWEST, MASKED_LOGIT, comparable, exp2, finite, fma, softcapped
+from .device import LOWEST, MASKED_LOGIT, comparable, exp2, finite, fma, softcapped, widened
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def offset_of(peak, k):
 @triton.jit
 def tile_sums(z, offset, k, ENTROPY: tl.constexpr, MODE: tl.constexpr):
     """(2^x, x) in fp32 for a tile of logits [LANES, WIDTH], `offset` [LANES, 1]."""
-    x = fma(z.to(tl.float32), k, -offset, MODE)
+    x = fma(widened(z, ENTROPY, MODE), k, -offset, MODE)
     return exp2(x, MODE), x
 
 
@@ -117,9 +117,6 @@ def reduce_row(
             z3 = tl.load(row_ptr + first + 3 * TILE + tile)
             z0, z1 = comparable(z0, MODE), comparable(z1, MODE)
             z2, z3 = comparable(z2, MODE), comparable(z3, MODE)
-            if ENTROPY:
-                z0, z1 = finite(z0, MASKED_LOGIT), finite(z1, MASKED_LOGIT)
-                z2, z3 = finite(z2, MASKED_LOGIT), finite(z3, MASKED_LOGIT)
             highest = tl.maximum(tl.maximum(z0, z1), tl.maximum(z2, z3))
             peak = tl.maximum(peak, tl.max(highest, 1).to(tl.float32))
             moved = offset_of(peak, k)

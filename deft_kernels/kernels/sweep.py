@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .device import comparable, exp2, finite, fma, narrowed, softcapped
+from .device import exp2, fma, narrowed, softcapped, widened
 
 
 @triton.jit
@@ -13,10 +13,8 @@ def tile_gradient(
     LOGS: tl.constexpr, PEAKS: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a tile of logits in fp32; exponent, square and logarithm terms only where asked for."""
-    if LOGS:
-        # -1e30 times C stays finite; the row's offset is a real one here.
-        raw = finite(comparable(raw, MODE), -1e30)
-    z = softcapped(raw.to(tl.float32), softcap, SOFTCAP)
+    # With logarithms, -inf times C would be NaN.
+    z = softcapped(widened(raw, LOGS, MODE), softcap, SOFTCAP)
     x = fma(z, k, -offset, MODE)
     e = exp2(x, MODE)
     factor = a
