@@ -1,25 +1,15 @@
-"""Compile the package's kernels for a GPU that is not here, and count what came out.
-
-    python benchmarks/ahead_of_time.py --arch 90 --dtype bf16
-
-Compilation and disassembly come with Triton's wheel (ptxas, cuobjdump, nvdisasm); no GPU and no CUDA toolkit
-is needed. Counts are of the innermost loops, found as backward branches in the machine code.
-"""
+"""The package's kernels compiled for a GPU that is not here, as their launchers would launch them."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import re
-import subprocess
-import tempfile
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
 
+import sass
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -38,6 +28,8 @@ TARGETS = {
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 OBJECTIVES = {
     "nll": objectives.nll(),
+    "neg_prob": objectives.neg_prob(),
+    "tsallis": objectives.tsallis(0.5),
     "deft": objectives.deft(),
     "deft-shannon": objectives.deft(1),
     "deft-max": objectives.deft(float("inf")),
@@ -50,6 +42,7 @@ OBJECTIVES = {
     "eaft": objectives.eaft(),
     "band": objectives.deft().within("p>=0.1"),
     "statistics": objectives.of_statistics(),
+    "statistics-without-max": objectives.of_statistics(with_max=False),
 }
 KERNELS = ("statistics", "statistics-stored", "finish", "gradient", "fused")
 VOCABULARY = 128256
@@ -64,28 +57,11 @@ class Variant:
     options: str = ""  # of: softcap, smoothing, weights, zloss, peel, stats, ones
 
 
-@dataclass
-class Loop:
-    instructions: int
-    logits: int
-    barriers: int
-    shuffles: int
-    exponentials: int
-    widest_load: int
-
-    @property
-    def per_logit(self) -> float:
-        return self.instructions / self.logits
-
-
-@dataclass
-class Report:
-    variant: Variant
-    registers: int
-    spill_bytes: int
-    stack_bytes: int
-    shared_bytes: int
-    loops: list[Loop]
+@dataclass(frozen=True)
+class Compiled:
+    usage: sass.Usage
+    code: str  # disassembled; empty for AMD GPUs, whose loops are not read
+    num_warps: int
 
 
 def _spec(variant: Variant) -> Spec:
@@ -173,142 +149,22 @@ def source(variant: Variant) -> tuple[ASTSource, dict[str, Any]]:
     return compiled, {"num_warps": 1 if variant.kernel == "finish" else plan.num_warps, **chosen}
 
 
-def _tool(name: str) -> str:
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+def compile_variant(variant: Variant) -> Compiled:
+    program, options = source(variant)
+    return build(program, TARGETS[variant.arch], options)
 
 
-def disassemble(cubin: bytes) -> str:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return subprocess.run(
-            [_tool("nvdisasm"), "-c", file.name], check=True, capture_output=True, text=True
-        ).stdout
+def build(program: ASTSource, target: GPUTarget, options: dict[str, Any]) -> Compiled:
+    compiled = triton.compile(program, target=target, options=options)
+    if target.backend != "hip":
+        code = sass.disassemble(compiled.asm["cubin"])
+        usage = sass.usage(compiled.asm["cubin"], code, compiled.metadata.shared)
+        return Compiled(usage, code, options["num_warps"])
+    text = compiled.asm["amdgcn"]
 
+    def field(name: str) -> int:
+        return max([int(n) for n in re.findall(rf"\.{name}:\s+(\d+)", text)] or [0])
 
-def _instructions(sass: str) -> list[tuple[str, str]]:
-    """(label or empty, instruction) in order."""
-    found: list[tuple[str, str]] = []
-    for line in sass.splitlines():
-        label = re.match(r"\s*(\.L_x_\d+):", line)
-        if label:
-            found.append((label[1], ""))
-            continue
-        text = re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line)
-        if text:
-            found.append(("", text[1].strip()))
-    return found
-
-
-def loops(sass: str) -> list[list[str]]:
-    """Bodies of the innermost loops: from a label to the branch back to it, with no loop inside."""
-    code = _instructions(sass)
-    position = {label: index for index, (label, _) in enumerate(code) if label}
-    spans = []
-    for index, (_, text) in enumerate(code):
-        branch = re.search(r"BRA(?:\.\S+)?\s.*?\(?`?\(?(\.L_x_\d+)", text) if "BRA" in text else None
-        if branch and position.get(branch[1], index) < index:
-            spans.append((position[branch[1]], index))
-    inner = [a for a in spans if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
-    return [[text for _, text in code[start : stop + 1] if text] for start, stop in inner]
-
-
-def _main_loops(variant: Variant, sass: str, width: int) -> list[Loop]:
-    """The unmasked loops over the vocabulary; the masked heads and tails are told by their fewer loads."""
-    result = []
-    for body in loops(sass):
-        loads = [text for text in body if re.search(r"\bLDG\.", text)]
-        exponentials = sum("MUFU.EX2" in text for text in body)
-        wide = [text for text in loads if ".128" in text]
-        if len(wide) < 2 or exponentials < width * 2:
-            continue
-        result.append(
-            Loop(
-                instructions=len(body),
-                logits=len(wide) * width,
-                barriers=sum("BAR." in text for text in body),
-                shuffles=sum("SHFL" in text for text in body),
-                exponentials=exponentials,
-                widest_load=128 if wide else 32,
-            )
-        )
-    return result
-
-
-def compile_variant(variant: Variant) -> Report:
-    compiled_source, options = source(variant)
-    target = TARGETS[variant.arch]
-    compiled = triton.compile(compiled_source, target=target, options=options)
-    if target.backend == "hip":
-        text = compiled.asm["amdgcn"]
-
-        def field(name: str) -> int:
-            return max([int(n) for n in re.findall(rf"\.{name}:\s+(\d+)", text)] or [0])
-
-        spills = field("vgpr_spill_count") + field("sgpr_spill_count")
-        return Report(
-            variant,
-            field("vgpr_count"),
-            spills,
-            field("private_segment_fixed_size"),
-            compiled.metadata.shared,
-            [],
-        )
-    cubin = compiled.asm["cubin"]
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = subprocess.run(
-            [_tool("cuobjdump"), "-res-usage", file.name], check=True, capture_output=True, text=True
-        ).stdout
-    numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
-    sass = disassemble(cubin)
-    spilled = len(re.findall(r"\b(?:LDL|STL)\b", sass)) * 4 + numbers.get("LOCAL", 0)
-    width = 16 // ITEMSIZE[variant.dtype]
-    return Report(
-        variant,
-        numbers["REG"],
-        spilled,
-        numbers["STACK"],
-        numbers.get("SHARED", 0),
-        _main_loops(variant, sass, width),
-    )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--arch", nargs="+", default=["90"], choices=list(TARGETS))
-    parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=list(ITEMSIZE))
-    parser.add_argument("--kernel", nargs="+", default=list(KERNELS), choices=KERNELS)
-    parser.add_argument("--objective", nargs="+", default=["deft"], choices=list(OBJECTIVES))
-    parser.add_argument(
-        "--options", default="", help="comma-separated: softcap, smoothing, weights, zloss, peel, stats, ones"
-    )
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
-    records = []
-    for arch in args.arch:
-        for dtype in args.dtype:
-            for kernel in args.kernel:
-                for objective in args.objective:
-                    report = compile_variant(Variant(kernel, objective, dtype, arch, args.options))
-                    records.append(asdict(report))
-                    if not args.json:
-                        shown = ", ".join(
-                            f"{loop.per_logit:.2f} instructions/logit ({loop.barriers} barriers, "
-                            f"{loop.shuffles} shuffles)"
-                            for loop in report.loops
-                        )
-                        print(
-                            f"{arch:7} {dtype:5} {kernel:18} {objective:18} {report.registers:4} registers "
-                            f"{report.spill_bytes:3} spilled {report.stack_bytes:3} stack  {shown}",
-                            flush=True,
-                        )
-    if args.json:
-        print(json.dumps(records, indent=1))
-
-
-if __name__ == "__main__":
-    main()
+    spills = field("vgpr_spill_count") + field("sgpr_spill_count")
+    registers, stack = field("vgpr_count"), field("private_segment_fixed_size")
+    return Compiled(sass.Usage(registers, spills, stack, compiled.metadata.shared), "", options["num_warps"])
