@@ -41,11 +41,11 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def step(**keywords) -> None:
+def step(device: str, **keywords) -> None:
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(N, D, generator=generator).requires_grad_()
-    weight = torch.randn(V, D, generator=generator).requires_grad_()
-    labels = torch.randint(0, V, (N,), generator=generator)
+    hidden = torch.randn(N, D, generator=generator).to(device).requires_grad_()
+    weight = torch.randn(V, D, generator=generator).to(device).requires_grad_()
+    labels = torch.randint(0, V, (N,), generator=generator).to(device)
     labels[::5] = -100
     loss = fused_linear_deft_loss(hidden, weight, labels, chunk_bytes=CHUNK, **keywords)
     loss.sum().backward()
@@ -64,10 +64,10 @@ def step(**keywords) -> None:
     ],
     ids=["mean", "none", "cayley", "transforms", "band", "function"],
 )
-def test_no_tensor_has_n_times_v_elements(keywords, backend):
+def test_no_tensor_has_n_times_v_elements(keywords, backend, device):
     """The largest is the chunk, 16 kB; N * V is 20,480, and the rows have 18 numbers each."""
     with Largest() as watch:
-        step(backend=backend, **keywords)
+        step(device, backend=backend, **keywords)
     assert watch.inside >= 1
     assert watch.bytes == CHUNK < N * V
 
