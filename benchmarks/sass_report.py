@@ -175,7 +175,8 @@ def main() -> None:
             for record in group:
                 take(record)
     if not args.no_peers:
-        for arch, dtype in itertools.product(set(args.arch) & DEFAULT.keys(), args.dtype):
+        nvidia = [arch for arch in args.arch if arch in DEFAULT]
+        for arch, dtype in itertools.product(nvidia, args.dtype):
             for record in peers(arch, dtype, VOCABULARY, args.gpu):
                 if isinstance(record, str):
                     skipped.append(record)
