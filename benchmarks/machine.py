@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 from datetime import datetime, timezone
@@ -65,7 +66,7 @@ def command() -> str:
     words = [Path(sys.argv[0]).name, *sys.argv[1:]]
     if words[0] in ("__main__.py", "pytest"):
         words[0] = "python -m pytest"
-    return " ".join(word.replace(str(ROOT) + "/", "") for word in words)
+    return words[0] + "".join(f" {shlex.quote(word.replace(f'{ROOT}/', ''))}" for word in words[1:])
 
 
 def described() -> dict[str, Any]:

@@ -44,7 +44,7 @@ def _lines(axes: Axes, records: list[Record], over: str, value: Callable[[Record
 
 def _picture(
     path: Path, title: str, label: str, records: list[Record], over: str, value: Callable[[Record], float]
-) -> str:
+) -> tuple[str, str]:
     figure = Figure(figsize=(9, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -58,7 +58,7 @@ def _picture(
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
-    return path.name
+    return path.name, title
 
 
 def time_a_logit(record: Record) -> float:
@@ -73,8 +73,8 @@ def peak_mib(record: Record) -> float:
     return record["peak_bytes"] / 2**20
 
 
-def draw(records: list[Record], images: Path, machine: str) -> Iterator[str]:
-    """Names of the pictures written; none for what the records do not hold."""
+def draw(records: list[Record], images: Path, machine: str) -> Iterator[tuple[str, str]]:
+    """(name, title) of the pictures written; none for what the records do not hold."""
     steps = [r for r in records if r["phase"] == "both" and "failure" not in r]
     for dtype in dict.fromkeys(r["dtype"] for r in steps):
         chosen = [r for r in steps if r["dtype"] == dtype]

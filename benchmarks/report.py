@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -59,29 +59,35 @@ def cell(record: Record | None) -> str:
     return f"{record['ms']:.3g} ms, {record['ratio_to_copy']:.2f} x copy"
 
 
+def groups(shapes: Iterable[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """(v, n) by the number of rows where several vocabularies share one; the others together."""
+    alike: dict[int, list[tuple[int, int]]] = {}
+    for v, n in sorted(set(shapes)):
+        alike.setdefault(n, []).append((v, n))
+    rest = [shape for group in alike.values() if len(group) == 1 for shape in group]
+    shared = [alike[n] for n in sorted(alike) if len(alike[n]) > 1]
+    return [*shared, sorted(rest)] if rest else shared
+
+
+def by_shape(records: list[Record], text: Callable[[Record | None], str]) -> str:
+    """One row a contestant, one column a shape; tables by `groups`."""
+    known = {(r["name"], r["v"], r["n"]): r for r in records}
+    found = ""
+    for shapes in groups((r["v"], r["n"]) for r in records):
+        names = unique((r for r in records if (r["v"], r["n"]) in shapes), "name")
+        rows = [[name, *(text(known.get((name, *shape))) for shape in shapes)] for name in names]
+        found += table(["", *(f"{n:,} x {v:,}" for v, n in shapes)], rows) + "\n"
+    return found
+
+
 def times(records: list[Record], phase: str, dtype: str) -> str:
-    """One row a contestant, one column a shape."""
     chosen = [r for r in records if r["phase"] == phase and r["dtype"] == dtype]
-    shapes = sorted({(r["v"], r["n"]) for r in chosen})
-    if not shapes:
-        return ""
-    known = {(r["name"], r["v"], r["n"]): r for r in chosen}
-    rows = [
-        [name, *(cell(known.get((name, v, n))) for v, n in shapes)]
-        for name in unique(chosen, "name")
-        if any((name, v, n) in known for v, n in shapes)
-    ]
     title = {"both": "Forward and backward"}.get(phase, phase.capitalize())
-    return f"### {title}, {dtype}\n\n" + table(["", *(f"{n:,} x {v:,}" for v, n in shapes)], rows) + "\n"
+    return f"### {title}, {dtype}\n\n" + by_shape(chosen, cell) if chosen else ""
 
 
 def bandwidth_and_memory(records: list[Record], dtype: str) -> str:
-    """Of the training steps with the most rows of each vocabulary."""
     chosen = [r for r in records if r["phase"] == "both" and r["dtype"] == dtype and "failure" not in r]
-    shapes = plots.one_size_per_vocabulary(chosen)
-    if not shapes:
-        return ""
-    known = {(r["name"], r["v"], r["n"]): r for r in chosen}
 
     def text(record: Record | None) -> str:
         if record is None:
@@ -89,21 +95,40 @@ def bandwidth_and_memory(records: list[Record], dtype: str) -> str:
         stream = record["bytes"] / record["streams"]
         return f"{plots.share_of_copy(record):.2f}, {record['peak_bytes'] / stream:.2f} x logits"
 
-    rows = [[name, *(text(known.get((name, v, n))) for v, n in shapes)] for name in unique(chosen, "name")]
-    return (
-        f"### Bandwidth over the copy's and peak memory, forward and backward, {dtype}\n\n"
-        + table(["", *(f"{n:,} x {v:,}" for v, n in shapes)], rows)
-        + "\n"
+    title = f"### Bandwidth over the copy's and peak memory, forward and backward, {dtype}\n\n"
+    return title + by_shape(chosen, text) if chosen else ""
+
+
+def ratios(records: list[Record]) -> str:
+    """Ours over the two that it stands in for."""
+    known = {(r["name"], r["dtype"], r["v"], r["n"]): r for r in records if r["phase"] == "both"}
+    pairs = (
+        ("deft_loss nll", "F.cross_entropy", "ms"),
+        ("deft_loss deft", "F.cross_entropy", "ms"),
+        ("deft_loss deft", "DEFT in PyTorch", "ms"),
+        ("deft_loss deft", "DEFT in PyTorch, compiled", "ms"),
+        ("deft_loss deft", "DEFT in PyTorch", "peak_bytes"),
     )
+    rows = []
+    for dtype, v, n in dict.fromkeys(key[1:] for key in known):
+        cells = []
+        for ours, theirs, what in pairs:
+            over = [known.get((name, dtype, v, n), {}).get(what) for name in (ours, theirs)]
+            cells.append("" if None in over else f"{over[0] / over[1]:.2f}")
+        if any(cells):
+            rows.append([f"{dtype}, {n:,} x {v:,}", *cells])
+    header = [f"{a} / {b}, {'time' if what == 'ms' else 'peak memory'}" for a, b, what in pairs]
+    return "### In ratios, forward and backward\n\n" + table(["", *header], rows) + "\n"
 
 
 def origin(whole: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in whole["versions"].items())
+    commit = f"; commit {whole['commit']}" if whole["commit"] else ""
     load = f" Load average before {whole['load_before'][0]:.2f}, after {whole['load_after'][0]:.2f}."
     note = f" {whole['note']}" if "note" in whole else ""
     return (
-        f"{whole['device']} ({whole['system']}); {versions}; commit {whole['commit']}; {whole['date']}."
-        f"{load}{note}\n\n    {whole['command']}\n\n"
+        f"{whole['device']} ({whole['system']}); {versions}{commit}; {whole['date']}.{load}{note}\n\n"
+        f"    {whole['command']}\n\n"
     )
 
 
@@ -111,8 +136,9 @@ def losses(path: Path, images: Path, link: str) -> str:
     whole = json.loads(path.read_text())
     records = whole["records"]
     text = f"## {whole['device']}\n\n" + origin(whole)
-    for name in plots.draw(records, images, path.parent.name):
-        text += f"![{name}]({link}{name})\n\n"
+    for name, title in plots.draw(records, images, path.parent.name):
+        text += f"![{title}]({link}{name})\n\n"
+    text += ratios(records)
     for dtype in unique(records, "dtype"):
         for phase in ("both", "forward", "backward"):
             text += times(records, phase, dtype)
