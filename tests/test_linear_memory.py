@@ -19,8 +19,13 @@ N, D, V = 10, 1, 2048
 CHUNK = 2 * V * 4
 
 
+def address(tensor: Tensor) -> int:
+    """Of its storage, which a view shares."""
+    return tensor.untyped_storage().data_ptr()
+
+
 class Largest(TorchDispatchMode):
-    """The most bytes of any tensor that an operator returns, inside the package's own operators too."""
+    """The most bytes of any new tensor that an operator returns, inside the package's own operators too."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,8 +41,9 @@ class Largest(TorchDispatchMode):
             self.inside += 1
             with self:
                 out = body(*args, **(kwargs or {}))
-        sizes = [leaf.nbytes for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        self.bytes = max([self.bytes, *sizes])
+        given = {address(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and address(leaf) not in given]
+        self.bytes = max([self.bytes, *(leaf.nbytes for leaf in made)])
         return out
 
 
@@ -70,6 +76,24 @@ def test_no_tensor_has_n_times_v_elements(keywords, backend, device):
         step(device, backend=backend, **keywords)
     assert watch.inside >= 1
     assert watch.bytes == CHUNK < N * V
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_frozen_head_has_no_gradient_memory(reduction, device):
+    """V * D numbers are 8 chunks here; none is made for a weight or a bias that wants no gradient."""
+    hidden = torch.randn(N, 16, device=device, requires_grad=True)
+    weight, bias = torch.randn(V, 16, device=device), torch.randn(V, device=device)
+    labels = torch.arange(N, device=device)
+    largest = []
+    for trained in (False, True):
+        weight.requires_grad_(trained)
+        with Largest() as watch:
+            loss = fused_linear_deft_loss(
+                hidden, weight, labels, bias, reduction=reduction, chunk_bytes=CHUNK, backend="torch"
+            )
+            loss.sum().backward()
+        largest.append(watch.bytes)
+    assert largest == [CHUNK, weight.nbytes]
 
 
 def test_the_watch_sees_whole_logits():
