@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import triton
@@ -109,6 +109,16 @@ def count(body: list[str], bytes_per_logit: float) -> Loop:
         shuffles=sum("SHFL" in text for text in body),
         stores=sum(bool(re.search(r"\bSTG\.", text)) for text in body),
     )
+
+
+def whole(sass: str, bytes_per_logit: float) -> Loop:
+    """A kernel without a loop, whose program is its one turn, up to the last exit. Its widest loads are the
+    logits'; the narrower ones fetch numbers of the row."""
+    code = [text for _, text in instructions(sass) if text]
+    last = max(index for index, text in enumerate(code) if "EXIT" in text)
+    turn = count(code[: last + 1], bytes_per_logit)
+    wide = sum(bool(re.search(r"\bLDG\.", text)) and _bits(text) == turn.load_bits for text in code)
+    return replace(turn, logits=wide * turn.load_bits / 8 / bytes_per_logit)
 
 
 def main_loops(sass: str, bytes_per_logit: float) -> list[Loop]:

@@ -113,8 +113,9 @@ def peers(arch: str, dtype: str, vocabulary: int, gpu: str | None) -> Iterator[d
         except Missing as reason:
             yield f"skipped {peer.package}: {reason}"
             continue
-        variant = Variant(peer.kernel, "nll", dtype, arch)
+        variant = Variant(peer.kernel, peer.objective, dtype, arch)
         loops = sass.main_loops(compiled.code, ITEMSIZE[dtype])
+        loops = loops or [sass.whole(compiled.code, ITEMSIZE[dtype])]
         yield from records(compiled, variant, f"{peer.package} {peer.version}", loops, gpu)
 
 
