@@ -14,17 +14,21 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 REDUCTIONS = ("mean", "sum", "none")
 
 
-def check_logits(logits: Any, name: str = "logits") -> None:
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"{name}: expected a Tensor, got {type(logits).__name__}")
-    if logits.dtype not in FLOATS:
-        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {logits.dtype}")
-    if logits.layout != torch.strided:
-        raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {logits.layout}")
+def check_floats(tensor: Any, name: str) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {tensor.dtype}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {tensor.layout}")
+
+
+def check_logits(logits: Any) -> None:
+    check_floats(logits, "logits")
     if logits.dim() == 0:
-        raise ValueError(f"{name}: expected shape [..., V], got a scalar")
+        raise ValueError("logits: expected shape [..., V], got a scalar")
     if logits.shape[-1] == 0:
-        raise ValueError(f"{name}: the vocabulary (last dimension) is empty, shape {tuple(logits.shape)}")
+        raise ValueError(f"logits: the vocabulary (last dimension) is empty, shape {tuple(logits.shape)}")
 
 
 def check_no_tangent(tensor: Tensor, name: str = "logits") -> None:

@@ -27,15 +27,19 @@ def _check_head(hidden: Any, weight: Any, bias: Any) -> None:
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if tensor is None and name == "bias":
             continue
-        arguments.check_logits(tensor, name)
+        arguments.check_floats(tensor, name)
         if name != "hidden" and tensor.device != hidden.device:
             raise ValueError(f"{name}: is on {tensor.device}, hidden is on {hidden.device}")
         arguments.check_no_tangent(tensor, name)
+    if hidden.dim() == 0 or hidden.shape[-1] == 0:
+        raise ValueError(f"hidden: expected shape [..., D] with D > 0, got {tuple(hidden.shape)}")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"weight: expected shape [V, {hidden.shape[-1]}], as hidden is {tuple(hidden.shape)}, "
             f"got {tuple(weight.shape)}"
         )
+    if weight.shape[0] == 0:
+        raise ValueError(f"weight: the vocabulary (first dimension) is empty, shape {tuple(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
 
