@@ -6,6 +6,7 @@ from .gated import gated_loss
 from .linear import fused_linear_deft_loss
 from .modules import DEFTLoss, FusedLinearDEFTLoss
 from .objectives import Objective
+from .parallel import VocabShard
 from .statistics import RowStatistics
 from .version import __version__
 
@@ -14,6 +15,7 @@ __all__ = [
     "FusedLinearDEFTLoss",
     "Objective",
     "RowStatistics",
+    "VocabShard",
     "__version__",
     "deft_loss",
     "fused_linear_deft_loss",

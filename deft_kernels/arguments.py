@@ -23,11 +23,12 @@ def check_floats(tensor: Any, name: str) -> None:
         raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {tensor.layout}")
 
 
-def check_logits(logits: Any) -> None:
+def check_logits(logits: Any, *, part: bool = False) -> None:
+    """part: of a vocabulary split between ranks, of which one may have no column at all."""
     check_floats(logits, "logits")
     if logits.dim() == 0:
         raise ValueError("logits: expected shape [..., V], got a scalar")
-    if logits.shape[-1] == 0:
+    if logits.shape[-1] == 0 and not part:
         raise ValueError(f"logits: the vocabulary (last dimension) is empty, shape {tuple(logits.shape)}")
 
 
@@ -109,16 +110,16 @@ def check_token_weight(token_weight: Any, labels: Tensor, logits: Tensor | Outli
     _same_device("token_weight", token_weight, logits)
 
 
-def check_class_weight(weight: Any, logits: Tensor | Outline, name: str = "weight") -> None:
+def check_class_weight(weight: Any, logits: Tensor | Outline, vocabulary: int, name: str = "weight") -> None:
     if weight is None:
         return
     if not isinstance(weight, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(weight).__name__}")
     if not weight.is_floating_point():
         raise TypeError(f"{name}: expected a floating dtype, got {weight.dtype}")
-    if weight.shape != logits.shape[-1:]:
+    if weight.shape != (vocabulary,):
         raise ValueError(
-            f"{name}: expected one weight a class, shape ({logits.shape[-1]},), got {tuple(weight.shape)}"
+            f"{name}: expected one weight a class, shape ({vocabulary},), got {tuple(weight.shape)}"
         )
     if weight.requires_grad:
         raise ValueError(f"{name}: class weights are not differentiated; detach them")

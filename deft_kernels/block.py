@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from .formulas import LN2, log2_scale
+from .formulas import log2_scale
 from .spec import Spec
+from .states import LARGEST_OFFSET, bounded, offset_of, statistics_of
 from .statistics import Field, Fields
 
 # Elements in a block: one fp32 buffer of 8 MiB and a quarter of one, or where passes need two whole ones (the
@@ -17,8 +18,6 @@ from .statistics import Field, Fields
 BLOCK_ELEMENTS = 2**21
 # Columns whose squares are added one after another.
 STRETCH = 1280
-# Offsets beyond are rounded by more than 2^x can bear, see `kernels.device`.
-LARGEST_OFFSET = 2.0**28
 # Of sum e^(z_j - z_y): its square fits fp32, and so does a gate of 2^-50 divided by it and by the rows.
 LARGEST_SUM = 2.0**50
 
@@ -162,11 +161,24 @@ class Block:
         if spec.peaks:
             fields[Field.TIES] = (z == peak.unsqueeze(1)).sum(-1).double()
         logit_sum = self.weighted_sum(z).double() if spec.label_smoothing > 0 else None
-        offset = (peak * self.k).clamp_(min=-LARGEST_OFFSET)
-        # Logits of 2e8 and more: the offset's rounding no longer cancels. NaN, rather than a wrong number.
-        offset.masked_fill_(offset.abs() >= LARGEST_OFFSET, math.nan)
+        offset = bounded(offset_of(peak, self.k))
+        rest, apart, u, t = self._sums(z, offset, index, work)
+        sums = torch.stack([target, peak, offset, rest, apart, u]).double()
+        target, peak, offset, rest, apart, u = sums.unbind()
+        held = target >= peak if t is None else None
+        t = None if t is None else t.double()
+        statistics_of(fields, spec.temperature, self.k, target, peak, offset, rest, apart, u, t, held=held)
+        return fields, logit_sum
+
+    def _sums(
+        self, z: Tensor, offset: Tensor, index: Tensor, work: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """(rest, apart, u, t): s, u and t without the column `index`, whose 2^x is `apart`.
+
+        t only for the entropy, and e_j is then left in `work` with that column in its place.
+        """
         t = None
-        if spec.needs_entropy:
+        if self.spec.needs_entropy:
             # Masked logits would make 0 * -inf below; 2^-4000 is 0 in any dtype.
             x = torch.add(-offset.unsqueeze(1), z, alpha=self.k, out=self.scratch("second", len(z)))
             e = torch.exp2(x.clamp_(min=-4000.0), out=work)
@@ -175,45 +187,30 @@ class Block:
         held = e.gather(1, index)
         e.scatter_(1, index, 0.0)
         rest = e.sum(-1)
-        if spec.needs_entropy:
-            t = x.mul_(e).sum(-1).double()
+        if self.spec.needs_entropy:
+            t = x.mul_(e).sum(-1)
         u = squares(e)
-        if spec.needs_entropy:
+        if self.spec.needs_entropy:
             e.scatter_(1, index, held)
-        sums = torch.stack([target, peak, offset, rest, held.squeeze(1), u]).double()
-        target, peak, offset, rest, apart, u = sums.unbind()
-        self._statistics(fields, target, peak, offset, rest, apart, u, t)
-        return fields, logit_sum
+        return rest, held.squeeze(1), u, t
 
-    def _statistics(
-        self,
-        fields: Fields,
-        target: Tensor,
-        peak: Tensor,
-        offset: Tensor,
-        rest: Tensor,
-        apart: Tensor,
-        u: Tensor,
-        t: Tensor | None,
-    ) -> None:
-        """Statistics from a block's sums, in float64: each is then rounded once, as the sums are."""
-        temperature = self.spec.temperature
-        s = rest + apart
-        x_peak = peak * self.k - offset
-        correct = target >= peak
-        log_sum = torch.where(
-            correct if t is None else apart > 0.5,
-            torch.log1p(rest / apart),
-            torch.log(s) - x_peak * LN2,
-        )
-        fields[Field.OFFSET], fields[Field.PEAK], fields[Field.SUM] = offset, peak, s
-        fields[Field.CORRECT] = correct.double()
-        fields[Field.LOGP] = (target - peak) / temperature - log_sum
-        fields[Field.LSE] = peak / temperature + log_sum
-        fields[Field.COLLISION] = (u + apart * apart) / (s * s)
-        fields[Field.MAX_PROB] = torch.exp2(x_peak) / s
-        if t is not None:
-            fields[Field.ENTROPY] = (log_sum - LN2 * (t - x_peak * rest) / s).clamp_(min=0.0)
+    def states(self, z: Tensor, index: Tensor, owned: Tensor, work: Tensor) -> Tensor:
+        """States [rows, size] of a block of columns that are a part of the vocabulary, see `states`.
+
+        index: [rows, 1], the target's column; owned: [rows], False where the target is in another part.
+        """
+        spec = self.spec
+        z = self.softcapped(z, work)
+        target = z.gather(1, index).squeeze(1).where(owned, -math.inf)
+        peak, index = largest(z)
+        numbers = []
+        if spec.label_smoothing > 0:
+            numbers.append(self.weighted_sum(z))
+        if spec.peaks:
+            numbers.append((z == peak.unsqueeze(1)).sum(-1).to(self.dtype))
+        rest, _, u, t = self._sums(z, offset_of(peak, self.k), index, work)
+        t = torch.zeros_like(u) if t is None else t
+        return torch.stack([peak, rest, u, t, target, *numbers], dim=1)
 
     def weighted_sum(self, z: Tensor) -> Tensor:
         """sum_c w_c z_c / temperature; a class of weight 0 adds nothing, masked or not."""
@@ -225,9 +222,20 @@ class Block:
         return total / self.spec.temperature
 
     def write(
-        self, z: Tensor, index: Tensor, fields: Fields, scale: Tensor, out: Tensor, e: Tensor | None
+        self,
+        z: Tensor,
+        index: Tensor,
+        fields: Fields,
+        scale: Tensor,
+        out: Tensor,
+        e: Tensor | None,
+        *,
+        elsewhere: Tensor | None = None,
     ) -> None:
-        """Gradient of a block times `scale` [rows] into `out`; `e`: its exponentials, when still at hand."""
+        """Gradient of a block times `scale` [rows] into `out`; `e`: its exponentials, when still at hand.
+
+        elsewhere: [rows], True where the target is no column of these logits.
+        """
         spec = self.spec
         work = out if out.dtype == self.dtype else self.scratch("work", len(z))
         if spec.softcap > 0 and out.data_ptr() == z.data_ptr():
@@ -247,8 +255,12 @@ class Block:
         if spec.softcap > 0:
             chain = torch.tanh(z.gather(1, index).squeeze(1).to(self.dtype) / spec.softcap)
             target = target * (1.0 - chain * chain)
+        at = (self.row_numbers[: len(out)], index.squeeze(1))
+        target = target.to(out.dtype)
+        if elsewhere is not None:
+            target = torch.where(elsewhere, out[at], target)
         # Not scatter_: in bf16 it converts the whole of `out` to fp32 and back (200 against 7 us a block).
-        out.index_put_((self.row_numbers[: len(out)], index.squeeze(1)), target.to(out.dtype))
+        out.index_put_(at, target)
 
     def _general(self, z: Tensor, fields: Fields, scale: Tensor, work: Tensor) -> Tensor:
         """e_j (A + B e_j + C x_j) + PEAK_GRAD [z_j is the max] - smoothing, times `scale`."""

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from .block import Block
-from .formulas import cayley_mean
+from .formulas import log2_scale
+from .parallel import batch_mean
 from .rows import finish
 from .spec import Spec
-from .statistics import Field, pack, unpack
+from .states import combine, state_size
+from .statistics import Field, Fields, pack, unpack
 
 
 def matrices(*tensors: Tensor) -> Iterator[list[Tensor]]:
@@ -86,13 +88,53 @@ def row_loss(
         rows[:, span] = pack(fields)
         if sums is not None and total is not None:
             sums[span] = total
-    fields = unpack(rows)
-    mean_prob: Tensor | float | None = spec.objective.mean_prob
-    if spec.objective.needs_batch:
-        mean_prob = cayley_mean(fields[Field.LOGP], labels != ignore_index)
-    weights = _class_weights(block.class_weight, labels)
+    fields, weights = unpack(rows), _class_weights(block.class_weight, labels)
+    mean_prob = _mean_prob(spec, fields, labels, ignore_index)
     loss = finish(spec, fields, known.valid, block.vocabulary, mean_prob=mean_prob, logit_sum=sums, **weights)
     return loss.to(block.dtype), pack(fields).to(block.dtype)
+
+
+def _mean_prob(spec: Spec, fields: Fields, labels: Tensor, ignore_index: int) -> Tensor | float | None:
+    if spec.objective.needs_batch:
+        return batch_mean(fields[Field.LOGP], labels != ignore_index, spec.objective.batch_group)
+    return spec.objective.mean_prob
+
+
+def row_states(
+    logits: Tensor, labels: Tensor, class_weight: Tensor | None, ignore_index: int, spec: Spec
+) -> Tensor:
+    """States [N, size] (see `states`) of columns that are a part of the vocabulary.
+
+    Labels are counted from the first of them, one outside has its column in another part; class weights are
+    those of these columns.
+    """
+    block = Block(logits, spec, class_weight)
+    known = _Labels(labels, block.vocabulary, ignore_index)
+    owned = (labels >= 0) & (labels < block.vocabulary)
+    states = torch.zeros(labels.numel(), state_size(spec), dtype=block.dtype, device=logits.device)
+    for span, (z,) in blocks(block.elements, logits):
+        if not known.none_in(span):
+            states[span] = block.states(z, known.index[span], owned[span], block.scratch("work", len(z)))
+    return states
+
+
+def states_loss(
+    states: Tensor,
+    labels: Tensor,
+    class_weight: Tensor | None,
+    vocabulary: int,
+    ignore_index: int,
+    spec: Spec,
+) -> tuple[Tensor, Tensor]:
+    """`row_loss` from the states [parts, N, size] of all parts; labels and class weights of the whole."""
+    fields, sums = combine(states, spec, log2_scale(spec.temperature, states.dtype))
+    known = _Labels(labels, vocabulary, ignore_index)
+    if known.known is not None:
+        fields[Field.LOGP] = fields[Field.LOGP].where(known.known, math.nan)
+    weights = _class_weights(None if class_weight is None else class_weight.to(states.dtype), labels)
+    mean_prob = _mean_prob(spec, fields, labels, ignore_index)
+    loss = finish(spec, fields, known.valid, vocabulary, mean_prob=mean_prob, logit_sum=sums, **weights)
+    return loss.to(states.dtype), pack(fields).to(states.dtype)
 
 
 def _class_weights(class_weight: Tensor | None, labels: Tensor) -> dict[str, Tensor]:
@@ -165,12 +207,23 @@ def gradient(
     dloss = dloss.double()
     skip = logits.device.type == "cpu"
     index = labels.clamp(0, block.vocabulary - 1).unsqueeze(1)
+    # Rows whose target is a column of another part of the vocabulary.
+    outside = (labels < 0) | (labels >= block.vocabulary)
+    elsewhere = None if skip and not (outside & (rows[Field.KEPT] != 0)).any() else outside
     for span, (z, target) in blocks(block.elements, logits, out):
         fields = unpack(rows[:, span])
         if skip and not fields[Field.KEPT].any():
             target.zero_()
             continue
-        block.write(z, index[span], fields, dloss[span], target, None)
+        block.write(
+            z,
+            index[span],
+            fields,
+            dloss[span],
+            target,
+            None,
+            elsewhere=None if elsewhere is None else elsewhere[span],
+        )
         drop(target, fields[Field.KEPT], True)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import arguments
+from .parallel import Shard, resolved
 from .reductions import class_weights
 from .statistics import Field, RowStatistics
 
@@ -30,6 +31,15 @@ def aligned(labels: Tensor, shift: bool, ignore_index: int) -> Tensor:
 def transform(softcap: Any, temperature: Any) -> dict[str, Any]:
     cap = 0.0 if softcap is None else arguments.number("softcap", softcap, 0.0, above=True)
     return {"softcap": cap, "temperature": arguments.number("temperature", temperature, 0.0, above=True)}
+
+
+def shard_of(group: Any, width: int, device: torch.device, backend: str) -> Shard | None:
+    """Which columns of a vocabulary these are, split between the ranks of a group; None for all of it."""
+    if group is None:
+        return None
+    if backend == "reference":
+        raise ValueError('group: not available with backend="reference", which is one process')
+    return resolved(group, width, device)
 
 
 def statistics_record(rows: Tensor, shape: torch.Size) -> RowStatistics:

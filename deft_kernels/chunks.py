@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .formulas import cayley_mean
 from .objectives import nll
+from .parallel import Shard, batch_mean
 from .products import BiasGradient, HiddenGradient, WeightGradient
 from .spec import Spec
 from .statistics import Field
@@ -29,6 +29,7 @@ class Head(NamedTuple):
 
     product: the dtype of the matrix products and so of the logits; not the tensors' own under autocast.
     budget: bytes of the buffer of logits.
+    shard: which rows of a head these are, if it is split between ranks; every rank has all of hidden.
     """
 
     hidden: Tensor
@@ -36,6 +37,12 @@ class Head(NamedTuple):
     bias: Tensor | None
     product: torch.dtype
     budget: int
+    shard: Shard | None = None
+
+    @property
+    def columns(self) -> int:
+        """Of the logits, to plan chunks with: ranks with uneven shards have to agree on their rows."""
+        return self.weight.shape[0] if self.shard is None else -(-self.shard.size // self.shard.ranks)
 
 
 class Chunk(NamedTuple):
@@ -72,7 +79,7 @@ class Chunks:
             index = kept.nonzero().squeeze(1)
             if index.numel() < self.count:
                 self.index, self.count = index, index.numel()
-        self.size = chunk_rows(self.count, weight.shape[0], product.itemsize, head.budget)
+        self.size = chunk_rows(self.count, head.columns, product.itemsize, head.budget)
         self.weight = weight.to(product)
         self.bias = None if head.bias is None else head.bias.to(product)
         self.buffer = torch.empty(0, dtype=product, device=hidden.device)
@@ -117,7 +124,7 @@ class _Accumulators:
     def __init__(self, chunks: Chunks, wanted: list[bool]):
         head, single = chunks.head, chunks.single
         bias = head.hidden if head.bias is None else head.bias
-        self.hidden = HiddenGradient(head.hidden, chunks.weight, wanted[0])
+        self.hidden = HiddenGradient(head.hidden, chunks.weight, wanted[0], head.shard)
         self.weight = WeightGradient(head.weight, head.product, single, wanted[1])
         self.bias = BiasGradient(bias, head.product, wanted[2])
 
@@ -143,7 +150,7 @@ def _with_batch_mean(backend: Any, chunks: Chunks, labels: Tensor, ignore_index:
     for chunk in chunks:
         rows = backend.row_loss(chunk.logits, labels[chunk.rows], None, ignore_index, plain)[1]
         logp[chunk.rows] = rows[Field.LOGP].double()
-    mean = float(cayley_mean(logp, labels != ignore_index))
+    mean = float(batch_mean(logp, labels != ignore_index, spec.objective.batch_group))
     return replace(spec, objective=replace(spec.objective, mean_prob=mean))
 
 

@@ -64,13 +64,6 @@ def cayley_alpha(p: Tensor, floor: Tensor | float, eps: float) -> tuple[Tensor, 
     return raw.clamp(ALPHA_MIN, ALPHA_MAX), torch.where(inside, slope, 0.0)
 
 
-def cayley_mean(logp: Tensor, valid: Tensor) -> Tensor:
-    """Mean p over the valid rows, a scalar tensor; 0 when there are none. A NaN row stays out of it."""
-    valid = valid & ~logp.isnan()
-    total = torch.where(valid, logp.exp(), 0.0).sum()
-    return total / valid.sum().clamp(min=1)
-
-
 def evaluate(objective: Objective, fields: Fields, mean_prob: Tensor | float | None = None) -> Evaluation:
     """Loss, focus index, gate and derivatives of each row from its statistics; formulas in `objectives`."""
     logp = fields[Field.LOGP]

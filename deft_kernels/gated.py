@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import objectives
-from .formulas import cayley_mean, evaluate, outside_band
+from .formulas import evaluate, outside_band
 from .objectives import Objective
+from .parallel import batch_mean
 from .statistics import Field
 
 
@@ -29,7 +30,7 @@ class RowFormula(torch.autograd.Function):
     ) -> Tensor:
         mean_prob: Tensor | float | None = objective.mean_prob
         if objective.needs_batch:
-            mean_prob = cayley_mean(logp, valid)
+            mean_prob = batch_mean(logp, valid, objective.batch_group)
         given = {
             Field.LOGP: logp,
             Field.COLLISION: collision,

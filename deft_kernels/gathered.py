@@ -6,10 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-
-def _sharded(tensor: Any) -> bool:
-    """Whether it is a DTensor, told by its method: importing its module takes a good part of a second."""
-    return hasattr(tensor, "full_tensor")
+from .dtensors import is_dtensor
 
 
 def whole(hidden: Any, weight: Any, bias: Any) -> tuple[Any, Any, Any]:
@@ -19,13 +16,13 @@ def whole(hidden: Any, weight: Any, bias: Any) -> tuple[Any, Any, Any]:
     all ranks hold the same rows, as under tensor parallelism, the average is each rank's own gradient.
     Raises: TypeError for a hidden that is a DTensor, as the rows are each rank's own.
     """
-    if _sharded(hidden):
+    if is_dtensor(hidden):
         raise TypeError("hidden: is a DTensor; pass this rank's rows: hidden.to_local() or .full_tensor()")
     return hidden, _gathered(weight), _gathered(bias)
 
 
 def _gathered(tensor: Any) -> Any:
-    if not _sharded(tensor):
+    if not is_dtensor(tensor):
         return tensor
     from torch.distributed.tensor import Partial
 

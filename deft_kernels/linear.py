@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from . import arguments, backends, linear_operators, objectives
-from .calls import RowLoss, aligned, own_rows, statistics_record, transform
+from .calls import RowLoss, aligned, own_rows, shard_of, statistics_record, transform
+from .dtensors import is_dtensor
 from .functional import deft_loss
 from .gathered import whole
 from .objectives import Objective
+from .parallel import VocabShard
 from .reductions import Reduction, Weighting, in_forward_obstacle
 from .spec import Spec
 from .statistics import Field, RowStatistics
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # Bytes of the chunk buffer. CPU: docs/linear.md has the measurement. GPUs: not measured; one chunk for 4096
 # bf16 rows of a Llama 3 vocabulary, because every further chunk reads and writes the fp32 sum of dW once.
@@ -23,7 +28,7 @@ CHUNK_BYTES = {"cpu": 32 * 2**20}
 CHUNK_BYTES_ELSEWHERE = 2**30
 
 
-def _check_head(hidden: Any, weight: Any, bias: Any) -> None:
+def _check_head(hidden: Any, weight: Any, bias: Any, part: bool) -> None:
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if tensor is None and name == "bias":
             continue
@@ -38,7 +43,7 @@ def _check_head(hidden: Any, weight: Any, bias: Any) -> None:
             f"weight: expected shape [V, {hidden.shape[-1]}], as hidden is {tuple(hidden.shape)}, "
             f"got {tuple(weight.shape)}"
         )
-    if weight.shape[0] == 0:
+    if weight.shape[0] == 0 and not part:
         raise ValueError(f"weight: the vocabulary (first dimension) is empty, shape {tuple(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
@@ -106,6 +111,7 @@ def fused_linear_deft_loss(  # type: ignore[misc]  # the overloads tell the retu
     label_smoothing: float = 0.0,
     chunk_bytes: int | None = None,
     return_stats: bool = False,
+    group: ProcessGroup | VocabShard | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, RowStatistics]:
     """`deft_loss` of a linear layer's logits, from its input, without ever holding all logits.
@@ -126,6 +132,9 @@ def fused_linear_deft_loss(  # type: ignore[misc]  # the overloads tell the retu
             logits_scaling), before softcap and temperature.
         chunk_bytes: size of the buffer of logits; a chunk holds at least one row. None: 32 MiB on a CPU,
             1 GiB elsewhere.
+        group: torch.distributed ranks that split the head: weight is [V_r, D] and bias [V_r], this rank's
+            rows of them; hidden is the same on every rank, and so is everything else (see `deft_loss`). Every
+            rank's gradient of hidden is the whole one.
         objective, reduction, ignore_index, token_weight, num_items, shift, softcap, temperature, z_loss,
         label_smoothing, return_stats, backend: as in `deft_loss`. backend="reference" is not chunked.
 
@@ -139,6 +148,8 @@ def fused_linear_deft_loss(  # type: ignore[misc]  # the overloads tell the retu
         known), a mean over a band on p without num_items, differentiable token_weight or num_items, and a
         function of RowStatistics. `cayley` makes the logits once more first, for the batch's mean p, unless
         mean_prob is given.
+        With a group: one all-gather of 5 to 7 numbers a row for each chunk of the forward, and one all-reduce
+        of hidden's gradient, in fp32 for half precision.
     Limits: first derivatives only. On a GPU the host waits once for the number of rows that count, and once
         for cayley's mean p.
     Source: DEFT, arXiv:2602.11424.
@@ -148,12 +159,13 @@ def fused_linear_deft_loss(  # type: ignore[misc]  # the overloads tell the retu
     arguments.check_num_items(num_items, reduction)
     for name, value in (("shift", shift), ("return_stats", return_stats)):
         arguments.flag(name, value)
+    if group is not None and (is_dtensor(weight) or is_dtensor(bias)):
+        raise ValueError("group: weight and bias are to be this rank's own rows; pass weight.to_local()")
     hidden, weight, bias = whole(hidden, weight, bias)
-    _check_head(hidden, weight, bias)
+    _check_head(hidden, weight, bias, group is not None)
     outline = arguments.Outline((*hidden.shape[:-1], weight.shape[0]), hidden.device)
     arguments.check_labels(labels, outline)
     arguments.check_token_weight(token_weight, labels, outline)
-    arguments.check_class_weight(class_weight, outline, "class_weight")
     budget = _budget(chunk_bytes, hidden)
     scale = arguments.number("logit_scale", logit_scale, 0.0, above=True)
     settings = transform(softcap, temperature)
@@ -161,6 +173,9 @@ def fused_linear_deft_loss(  # type: ignore[misc]  # the overloads tell the retu
     settings["label_smoothing"] = arguments.number("label_smoothing", label_smoothing, 0.0, 1.0)
     product = _product_dtype(hidden, weight, bias)
     chosen = backends.choose(backend, hidden.device, product)
+    shard = shard_of(group, weight.shape[0], hidden.device, chosen)
+    vocabulary = weight.shape[0] if shard is None else shard.size
+    arguments.check_class_weight(class_weight, outline, vocabulary, "class_weight")
     if chosen == "reference":
         options: dict[str, Any] = {"num_items": num_items, "shift": shift, "return_stats": return_stats}
         options |= {"objective": objective, "reduction": reduction, "ignore_index": ignore_index, **settings}
@@ -179,10 +194,11 @@ def fused_linear_deft_loss(  # type: ignore[misc]  # the overloads tell the retu
             raise ValueError(
                 "label_smoothing: not available with an objective that is a function of RowStatistics"
             )
-        spec = Spec(objectives.of_statistics(), **settings, statistics=True, backend=chosen)
+        spec = Spec(objectives.of_statistics(), **settings, statistics=True, backend=chosen, shard=shard)
         loss, stats = call.of_function(objective, spec, weighting, labels.shape)
     else:
-        spec = Spec(objectives.resolve(objective), **settings, statistics=return_stats, backend=chosen)
+        described = objectives.resolve(objective)
+        spec = Spec(described, **settings, statistics=return_stats, backend=chosen, shard=shard)
         loss, rows = call.of_objective(spec, weighting)
         stats = statistics_record(rows, labels.shape)
     loss = loss.reshape(labels.shape) if reduction == "none" else loss

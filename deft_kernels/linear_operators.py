@@ -50,9 +50,9 @@ def linear_row_loss(
 ) -> Tuple[Tensor, Tensor]:
     """(loss [N], rows [len(Field), N]) of every row; `wanted` is for the backward."""
     spec = decode(code, numbers)
-    check_labels(labels, weight.shape[0], ignore_index)
+    check_labels(labels, spec.vocabulary(weight.shape[0]), ignore_index)
     with _outside_autocast(hidden):
-        head = Head(hidden, weight, bias, product, budget)
+        head = Head(hidden, weight, bias, product, budget, spec.shard)
         return chunks.row_loss(implementation(spec), head, labels, class_weight, ignore_index, spec)
 
 
@@ -78,9 +78,9 @@ def linear_loss_with_gradient(
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(sum_i row_scale_i loss_i, rows, its gradients by hidden, weight and bias)."""
     spec = decode(code, numbers)
-    check_labels(labels, weight.shape[0], ignore_index)
+    check_labels(labels, spec.vocabulary(weight.shape[0]), ignore_index)
     with _outside_autocast(hidden):
-        head = Head(hidden, weight, bias, product, budget)
+        head = Head(hidden, weight, bias, product, budget, spec.shard)
         loss, rows, gradients = chunks.loss_with_gradient(
             implementation(spec), head, labels, row_scale, class_weight, ignore_index, spec, wanted
         )
@@ -124,7 +124,7 @@ def linear_gradient(
     """Gradients by hidden, weight and bias for an upstream `dloss` [N]; makes the logits anew."""
     spec = decode(code, numbers)
     with _outside_autocast(hidden):
-        head = Head(hidden, weight, bias, product, budget)
+        head = Head(hidden, weight, bias, product, budget, spec.shard)
         return chunks.gradient(implementation(spec), head, labels, class_weight, rows, dloss, spec, wanted)
 
 

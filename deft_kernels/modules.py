@@ -52,7 +52,7 @@ class DEFTLoss(nn.Module):
     ):
         super().__init__()
         known = {"shift", "softcap", "temperature", "z_loss", "inplace", "grad_in_forward", "return_stats"}
-        known.add("backend")
+        known |= {"backend", "group"}
         self.register_buffer("weight", weight)
         keywords |= {"reduction": reduction, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
         known |= {"reduction", "ignore_index", "label_smoothing"}
@@ -101,7 +101,7 @@ class FusedLinearDEFTLoss(nn.Module):
             "logit_scale",
             "z_loss",
         }
-        known |= {"chunk_bytes", "return_stats", "backend", "reduction"}
+        known |= {"chunk_bytes", "return_stats", "backend", "reduction", "group"}
         self.register_buffer("class_weight", class_weight)
         keywords["reduction"] = reduction
         self.keywords = _keywords("FusedLinearDEFTLoss", known, objective, keywords)

@@ -25,9 +25,10 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from .arguments import flag, number
+from .parallel import group_name
 
 Focus = Literal[
     "fixed", "collision", "shannon", "max_prob", "cayley", "prob", "entropy", "statistics", "statistics+max"
@@ -46,6 +47,7 @@ class Objective:
     detach: hold the gate constant (the paper's choice); False differentiates through it exactly.
     low, high: rows with p outside [low, high] are dropped: zero loss, zero gradient, not counted by a mean.
     mean_prob: `cayley` only: the batch's mean p, when it is known; None computes it from the batch.
+    batch_group: name of the process group whose ranks make up that batch; empty for this process alone.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Objective:
     low: float = 0.0
     high: float = 1.0
     mean_prob: float | None = None
+    batch_group: str = ""
 
     @property
     def needs_entropy(self) -> bool:
@@ -153,7 +156,9 @@ def deft(order: float = 2, *, detach: bool = True, eps: float = 0.0) -> Objectiv
     return Objective("deft", "deformed", foci[float(order)], detach=flag("detach", detach), eps=eps)
 
 
-def cayley(*, detach: bool = True, eps: float = 0.0, mean_prob: float | None = None) -> Objective:
+def cayley(
+    *, detach: bool = True, eps: float = 0.0, mean_prob: float | None = None, batch_group: Any = None
+) -> Objective:
     """loss = (1 - p^alpha) / (alpha + eps), alpha on the Cayley focus trajectory.
 
     With the uncertainty radius r = 1 - p: alpha_local = (1 - r)/(1 + r) = p/(2 - p); floor = mean_prob / 2;
@@ -161,15 +166,22 @@ def cayley(*, detach: bool = True, eps: float = 0.0, mean_prob: float | None = N
 
     mean_prob: mean of p over the rows that are not ignored; None computes it from the batch, which costs no
         extra read of the logits but makes a row's loss depend on its batch. It is always held constant.
+    batch_group: a torch.distributed group (data-parallel ranks) over whose rows the mean is taken, by one
+        all-reduce of two numbers in the forward, in which every rank of the group has to take part; None
+        takes the mean over this process's rows. The loss's own mean stays over them: see `num_items`.
     detach: False differentiates through alpha_local (the floor stays constant).
     eps: 1e-8 is what the authors' trainer adds: to r, to 1 + r and to alpha.
     Source: arXiv:2602.11424.
     """
     if mean_prob is not None:
+        if batch_group is not None:
+            raise ValueError("batch_group: mean_prob is given, there is nothing to take the mean of")
         mean_prob = number("mean_prob", mean_prob, 0.0, 1.0)
-    eps = number("eps", eps, 0.0)
-    detach = flag("detach", detach)
-    return Objective("cayley", "deformed", "cayley", detach=detach, eps=eps, mean_prob=mean_prob)
+    name = "" if batch_group is None else group_name(batch_group, "batch_group")
+    eps, detach = number("eps", eps, 0.0), flag("detach", detach)
+    return Objective(
+        "cayley", "deformed", "cayley", 0.0, eps, detach=detach, mean_prob=mean_prob, batch_group=name
+    )
 
 
 def rational(alpha: float | str = "collision", *, detach: bool = True) -> Objective:

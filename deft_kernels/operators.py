@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import blocked, objectives
 from .rows import gradient_fields
+from .sharded import Sharded
 from .spec import Spec, decode
 from .statistics import Field
 
@@ -21,11 +22,12 @@ from .statistics import Field
 
 
 def implementation(spec: Spec) -> Any:
+    backend: Any = blocked
     if spec.backend == "triton":
         from .kernels import launch
 
-        return launch
-    return blocked
+        backend = launch
+    return backend if spec.shard is None else Sharded(backend, spec.shard)
 
 
 def _rows_dtype(logits: Tensor) -> torch.dtype:
@@ -56,7 +58,7 @@ def row_loss(
 ) -> Tuple[Tensor, Tensor]:
     """(loss [N], rows [len(Field), N]) of every row."""
     spec = decode(code, numbers)
-    check_labels(labels, logits.shape[-1], ignore_index)
+    check_labels(labels, spec.vocabulary(logits.shape[-1]), ignore_index)
     return implementation(spec).row_loss(logits, labels, class_weight, ignore_index, spec)
 
 
@@ -78,7 +80,7 @@ def row_loss_with_gradient(
 ) -> Tuple[Tensor, Tensor, Tensor]:
     """(sum_i row_scale_i loss_i, rows, its gradient by the logits), in one visit to the logits."""
     spec = decode(code, numbers)
-    check_labels(labels, logits.shape[-1], ignore_index)
+    check_labels(labels, spec.vocabulary(logits.shape[-1]), ignore_index)
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     loss, rows = implementation(spec).row_loss_with_gradient(
         logits, labels, row_scale, class_weight, ignore_index, spec, dlogits
@@ -105,7 +107,7 @@ def row_loss_with_gradient_(
 ) -> Tuple[Tensor, Tensor]:
     """`row_loss_with_gradient` that leaves the gradient in the logits' storage."""
     spec = decode(code, numbers)
-    check_labels(labels, logits.shape[-1], ignore_index)
+    check_labels(labels, spec.vocabulary(logits.shape[-1]), ignore_index)
     loss, rows = implementation(spec).row_loss_with_gradient(
         logits, labels, row_scale, class_weight, ignore_index, spec, logits
     )
@@ -184,7 +186,7 @@ def row_statistics(
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logp, lse, collision, entropy, max_prob), each [N], and rows; differentiable in the first five."""
     spec = decode(code, numbers)
-    check_labels(labels, logits.shape[-1], ignore_index)
+    check_labels(labels, spec.vocabulary(logits.shape[-1]), ignore_index)
     _, rows = implementation(spec).row_loss(logits, labels, None, ignore_index, spec)
     picked = (Field.LOGP, Field.LSE, Field.COLLISION, Field.ENTROPY, Field.MAX_PROB)
     logp, lse, collision, entropy, max_prob = (rows[field].clone() for field in picked)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .parallel import Shard, total
+
 HALF = (torch.bfloat16, torch.float16)
 # Columns of a gradient that a CPU widens to fp32 at a time, in elements: 4 MiB of fp32.
 SLICE_ELEMENTS = 2**20
@@ -20,22 +22,31 @@ def _mixed_product(device: torch.device) -> bool:
 
 
 class HiddenGradient:
-    """dhidden [N, D] = dlogits W, row by row; rows that no chunk covers are 0."""
+    """dhidden [N, D] = dlogits W, row by row; rows that no chunk covers are 0.
 
-    def __init__(self, hidden: Tensor, weight: Tensor, wanted: bool):
-        self.weight, self.wanted = weight, wanted
-        self.total = torch.zeros(hidden.shape if wanted else (0,), dtype=hidden.dtype, device=hidden.device)
+    Of a head split between ranks each has a part of every row, and parts cancel: half-precision ones are kept
+    and added in fp32, by one all-reduce of the whole, and the sum is cast once.
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor, wanted: bool, shard: Shard | None = None):
+        self.weight, self.wanted, self.dtype, self.shard = weight, wanted, hidden.dtype, shard
+        sums = hidden.dtype if shard is None else _sum_dtype(hidden.dtype)
+        self.total = torch.zeros(hidden.shape if wanted else (0,), dtype=sums, device=hidden.device)
 
     def put(self, rows: slice | Tensor, dlogits: Tensor) -> None:
         if not self.wanted:
             return
         if isinstance(rows, slice) and self.total.dtype == dlogits.dtype:
             torch.mm(dlogits, self.weight, out=self.total[rows])
+        elif self.shard is not None and dlogits.dtype in HALF and _mixed_product(dlogits.device):
+            self.total[rows] = torch.mm(dlogits, self.weight, out_dtype=torch.float32)
         else:
             self.total[rows] = torch.mm(dlogits, self.weight).to(self.total.dtype)
 
     def finish(self) -> Tensor:
-        return self.total
+        if self.wanted and self.shard is not None and self.shard.ranks > 1:
+            total(self.total, self.shard.group)
+        return self.total.to(self.dtype)
 
 
 class WeightGradient:

@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from .objectives import Objective
+from .parallel import Shard
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,7 @@ class Spec:
 
     softcap: 0 for none.  statistics: also reduce what the loss itself does not need (entropy, max p).
     backend: "triton" or "torch", already resolved.  inplace: the backward overwrites the logits.
+    shard: which columns the logits are, where a vocabulary is split between ranks; None for all.
     """
 
     objective: Objective
@@ -25,15 +27,21 @@ class Spec:
     statistics: bool = False
     inplace: bool = False
     backend: str = "torch"
+    shard: Shard | None = None
 
     def encode(self) -> tuple[str, list[float]]:
         """(code, numbers) for an operator call; torch.compile folds both to constants."""
         o = self.objective
         flags = f"{int(o.detach)}{int(self.statistics)}{int(self.inplace)}"
-        code = f"{o.family}:{o.focus}:{flags}:{self.backend}"
+        start, size, ranks, group = self.shard or (0, 0, 0, "")
+        code = f"{o.family}:{o.focus}:{flags}:{self.backend}:{start}:{size}:{ranks}:{group}:{o.batch_group}"
         mean_prob = -1.0 if o.mean_prob is None else o.mean_prob
         numbers = [o.alpha, o.eps, o.power, o.top_k, o.low, o.high, mean_prob]
         return code, [*numbers, self.softcap, self.temperature, self.z_loss, self.label_smoothing]
+
+    def vocabulary(self, width: int) -> int:
+        """V, of logits with `width` columns."""
+        return width if self.shard is None else self.shard.size
 
     @property
     def needs_entropy(self) -> bool:
@@ -70,10 +78,12 @@ def decode(code: str, numbers: list[float]) -> Spec:
 
 @lru_cache(maxsize=256)
 def _decode(code: str, numbers: tuple[float, ...]) -> Spec:
-    family, focus, flags, backend = code.split(":")
+    family, focus, flags, backend, *place, group, batch_group = code.split(":")
     detach, statistics, inplace = (flag == "1" for flag in flags)
     alpha, eps, power, top_k, low, high, mean_prob, softcap, temperature, z_loss, smoothing = numbers
     given = None if mean_prob < 0 else mean_prob
     kind: tuple[Any, Any] = (family, focus)
-    objective = Objective(family, *kind, alpha, eps, power, top_k, detach, low, high, given)
-    return Spec(objective, softcap, temperature, z_loss, smoothing, statistics, inplace, backend)
+    objective = Objective(family, *kind, alpha, eps, power, top_k, detach, low, high, given, batch_group)
+    start, size, ranks = (int(number) for number in place)
+    shard = Shard(start, size, ranks, group) if ranks else None
+    return Spec(objective, softcap, temperature, z_loss, smoothing, statistics, inplace, backend, shard)

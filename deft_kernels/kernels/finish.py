@@ -14,6 +14,25 @@ BY_MAX_PROB = tl.constexpr(4)
 
 
 @triton.jit
+def weights_of(class_weight, weight_total, label, vocabulary, WEIGHTED: tl.constexpr):
+    """(w_y, sum of w)."""
+    if WEIGHTED:
+        known = (label >= 0) & (label < vocabulary)
+        return tl.load(class_weight + label, mask=known, other=0.0).to(tl.float32), tl.load(weight_total)
+    else:
+        return 1.0, vocabulary * 1.0
+
+
+@triton.jit
+def floor_of(floor, BATCH: tl.constexpr):
+    """The Cayley floor: a number, or half of a mean that an earlier launch left in memory."""
+    if BATCH:
+        return 0.5 * tl.load(floor)
+    else:
+        return floor
+
+
+@triton.jit
 def finish_row(
     rows, loss_ptr, row, n_rows, z_target, w_target, weight_total, peak, offset, s, u, t, zsum, ties,
     vocabulary, k, temperature, alpha, eps, power, scale, floor, low, high, z_loss, smoothing,

@@ -15,14 +15,22 @@ import triton
 from torch import Tensor
 
 from ..backends import interpreted
-from ..formulas import cayley_mean, log2_scale
+from ..formulas import log2_scale
+from ..parallel import batch_mean
 from ..spec import Spec
+from ..states import state_size
 from ..statistics import Field
 from . import finish, objectives, table
 from .device import GENERIC, INTERPRETED, PTX
-from .row_kernels import finish_kernel, fused_kernel, gradient_kernel, scale_kernel, statistics_kernel
+from .row_kernels import (
+    combine_kernel,
+    finish_kernel,
+    fused_kernel,
+    gradient_kernel,
+    scale_kernel,
+    statistics_kernel,
+)
 
-STATE_SIZE = 7
 SLICE_TURNS = 8  # columns of a gradient program, in turns of two tiles: long enough to amortise its row
 
 
@@ -194,49 +202,112 @@ def row_loss(
     """As `blocked.row_loss`."""
     call = _Call(logits, labels, class_weight, spec)
     rows, loss = call.buffers()
-    if call.count == 0:
+    splits = _splits(call)
+    if splits == 1 and not spec.objective.needs_batch:
+        _reduce(call, ignore_index, 0, (rows, loss))
         return loss, rows
-    plan = table.statistics(call.vocabulary, logits.element_size(), _warp())
-    splits = (
-        1 if spec.peaks else table.splits(call.count, call.vocabulary, plan.tile, _processors(call.device))
-    )
-    stored = splits > 1 or spec.objective.needs_batch
+    states = _reduce(call, ignore_index, splits)
+    _finish(call, rows, loss, states, states.shape[1], (states.stride(1), states.stride(0)), ignore_index)
+    return loss, rows
+
+
+@_on_device
+def row_states(
+    logits: Tensor, labels: Tensor, class_weight: Tensor | None, ignore_index: int, spec: Spec
+) -> Tensor:
+    """As `blocked.row_states`."""
+    call = _Call(logits, labels, class_weight, spec)
+    states = _reduce(call, ignore_index, _splits(call))
+    splits = states.shape[1]
+    if splits == 1 or call.count == 0:
+        return states[:, 0]
+    joined = torch.zeros(call.count, state_size(spec), dtype=torch.float32, device=call.device)
+    combine_kernel[(call.count,)](
+        labels, states, joined, splits, ignore_index, call.k,
+        SMOOTHED=spec.label_smoothing > 0, TIES=spec.peaks, ENTROPY=spec.needs_entropy,
+        SPLITS=triton.next_power_of_2(splits), MODE=call.mode, num_warps=1, **call.options,
+    )  # fmt: skip
+    return joined
+
+
+@_on_device
+def states_loss(
+    states: Tensor,
+    labels: Tensor,
+    class_weight: Tensor | None,
+    vocabulary: int,
+    ignore_index: int,
+    spec: Spec,
+) -> tuple[Tensor, Tensor]:
+    """As `blocked.states_loss`."""
+    call = _Call(states, labels, class_weight, spec)
+    call.vocabulary = vocabulary
+    rows, loss = call.buffers()
+    _finish(call, rows, loss, states, states.shape[0], (states.stride(0), states.stride(1)), ignore_index)
+    return loss, rows
+
+
+def _splits(call: _Call) -> int:
+    """Programs a row."""
+    plan = table.statistics(call.vocabulary, call.logits.element_size(), _warp())
+    return table.splits(call.count, call.vocabulary, plan.tile, _processors(call.device))
+
+
+def _reduce(
+    call: _Call, ignore_index: int, splits: int, outputs: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """Launch `statistics_kernel`: with splits to states [N, splits, size], without to the `outputs`."""
+    spec, stored = call.spec, splits > 0
+    plan = table.statistics(call.vocabulary, call.logits.element_size(), _warp())
     span = call.vocabulary
     if stored:
         span = plan.tile * max(1, math.ceil(call.vocabulary / (plan.tile * splits)))
         splits = math.ceil(call.vocabulary / span)
-    size = call.count * splits * STATE_SIZE if stored else 0
-    states = torch.empty(size, dtype=torch.float32, device=call.device)
-    _for(statistics_kernel, min(call.vocabulary, 2))[(call.count, splits)](
-        logits, labels, call.class_weight, call.weight_total, rows, loss, states if stored else rows,
+    # Zeros, because ignored rows are not written and may travel.
+    states = torch.zeros(call.count, splits, state_size(spec), dtype=torch.float32, device=call.device)
+    if call.count == 0:
+        return states
+    rows, loss = outputs or (states, states)
+    _for(statistics_kernel, min(call.vocabulary, 2))[(call.count, max(splits, 1))](
+        call.logits, call.labels, call.class_weight, call.weight_total, rows, loss,
+        states if stored else rows,
         call.count, **call.position(), vocabulary=call.vocabulary, span=span, ignore_index=ignore_index,
         k=call.k, softcap=spec.softcap, temperature=spec.temperature,
         floor=0.5 * (spec.objective.mean_prob or 0.0), **call.scalars, **call.constants,
         WEIGHTED=call.weighted, SOFTCAP=call.softcap, TIES=spec.peaks, STORED=stored,
-        PEEL=_peel(plan.width, (logits,), (call.strides,)),
+        PEEL=_peel(plan.width, (call.logits,), (call.strides,)),
         LANES=plan.lanes, WIDTH=plan.width, MODE=call.mode, num_warps=plan.num_warps, **call.options,
     )  # fmt: skip
-    if stored:
-        _finish(call, rows, loss, states, splits, ignore_index)
-    return loss, rows
+    return states
 
 
-def _finish(call: _Call, rows: Tensor, loss: Tensor, states: Tensor, splits: int, ignore_index: int) -> None:
+def _finish(
+    call: _Call,
+    rows: Tensor,
+    loss: Tensor,
+    states: Tensor,
+    parts: int,
+    strides: tuple[int, int],
+    ignore_index: int,
+) -> None:
+    """strides: from part to part, from row to row."""
     spec = call.spec
 
     def launch(floor: Tensor | float, batch: bool, constants: dict[str, Any]) -> None:
+        if call.count == 0:
+            return
         finish_kernel[(call.count,)](
             call.labels, call.class_weight, call.weight_total, floor, rows, loss, states,
-            call.count, splits, call.vocabulary, ignore_index, call.k, spec.temperature,
-            **call.scalars, **constants, WEIGHTED=call.weighted, BATCH=batch,
-            SPLITS=triton.next_power_of_2(splits), MODE=call.mode, num_warps=1, **call.options,
+            call.count, parts, *strides, call.vocabulary, ignore_index, call.k, spec.temperature,
+            **call.scalars, **constants, WEIGHTED=call.weighted, TIES=spec.peaks, BATCH=batch,
+            SPLITS=triton.next_power_of_2(parts), MODE=call.mode, num_warps=1, **call.options,
         )  # fmt: skip
 
     if spec.objective.needs_batch:
         # First only the statistics, for the batch's mean p; the logits are not read again.
         none = {"FOCUS": objectives.FOCI["fixed"], "FAMILY": objectives.FAMILIES["none"], "THROUGH": 0}
         launch(0.0, False, call.constants | none)
-        mean = cayley_mean(rows[Field.LOGP], call.labels != ignore_index)
+        mean = batch_mean(rows[Field.LOGP], call.labels != ignore_index, spec.objective.batch_group)
         launch(mean, True, call.constants)
     else:
         launch(0.5 * (spec.objective.mean_prob or 0.0), False, call.constants)

@@ -1,8 +1,9 @@
 """The kernels: one program a row, or a row's slice. Arguments: tensors, scalars, constexprs.
 
 statistics_kernel   a row (or slice) of logits -> its state; a whole row goes on to loss and coefficients
-finish_kernel       stored states -> loss and coefficients, for split rows and for objectives that
-                    wait for the batch
+combine_kernel      stored states of a row's slices -> one state, which goes to other ranks
+finish_kernel       stored states -> loss and coefficients, for split rows, for a vocabulary split
+                    between ranks, and for objectives that wait for the batch
 gradient_kernel     logits and coefficients -> gradient
 fused_kernel        all of it for a row in one launch
 """
@@ -10,9 +11,10 @@ fused_kernel        all of it for a row in one launch
 import triton
 import triton.language as tl
 
-from .device import LOWEST, narrowed, softcapped
-from .finish import BY_COLLISION, BY_ENTROPY, BY_MAX_PROB, finish_row, store_ignored
-from .state import combine, count_ties, reduce_row
+from .device import narrowed, softcapped
+from .finish import BY_COLLISION, BY_ENTROPY, BY_MAX_PROB, finish_row, floor_of, store_ignored, weights_of
+from .parts import load_parts, store_state
+from .state import count_ties, reduce_row
 from .sweep import write_gradient, write_zeros
 
 
@@ -42,25 +44,6 @@ def target_of(row_ptr, label, vocabulary, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def weights_of(class_weight, weight_total, label, vocabulary, WEIGHTED: tl.constexpr):
-    """(w_y, sum of w)."""
-    if WEIGHTED:
-        known = (label >= 0) & (label < vocabulary)
-        return tl.load(class_weight + label, mask=known, other=0.0).to(tl.float32), tl.load(weight_total)
-    else:
-        return 1.0, vocabulary * 1.0
-
-
-@triton.jit
-def floor_of(floor, BATCH: tl.constexpr):
-    """The Cayley floor: a number, or half of a mean that an earlier launch left in memory."""
-    if BATCH:
-        return 0.5 * tl.load(floor)
-    else:
-        return floor
-
-
-@triton.jit
 def statistics_kernel(
     logits,  # [N, V]
     labels,  # [N] int64
@@ -68,7 +51,7 @@ def statistics_kernel(
     weight_total,  # [1] or unused
     rows,  # [18, N] fp32
     loss,  # [N] fp32
-    states,  # [N, splits, 7] fp32 when STORED
+    states,  # [N, splits, size] fp32 when STORED
     n_rows, inner, stride_outer, stride_inner, vocabulary, span, ignore_index, k, softcap, temperature,
     alpha, eps, power, scale, floor, low, high, z_loss, smoothing,
     FOCUS: tl.constexpr, FAMILY: tl.constexpr, THROUGH: tl.constexpr, IS_WEIGHT: tl.constexpr,
@@ -98,19 +81,17 @@ def statistics_kernel(
             base, start, stop, peel, weights, k, softcap,
             LANES, WIDTH, SOFTCAP, SMOOTHED, WEIGHTED, ENTROPY, MODE,
         )  # fmt: skip
+        ties = 0.0
+        if TIES:
+            ties = count_ties(base, start, stop, peak, softcap, LANES, WIDTH, SOFTCAP)
         if STORED:
-            to = states + (row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * 7
-            tl.store(to, peak)
-            tl.store(to + 1, offset)
-            tl.store(to + 2, s)
-            tl.store(to + 3, u)
-            tl.store(to + 4, t)
-            tl.store(to + 5, zsum)
-            tl.store(to + 6, z_target)
+            SIZE: tl.constexpr = 5 + SMOOTHED + TIES
+            to = states + (row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * SIZE
+            # A target elsewhere: the identity of the maximum that finds it.
+            here = (label >= 0) & (label < vocabulary)
+            z_target = tl.where(here, z_target, float("-inf"))
+            store_state(to, peak, s, u, t, z_target, zsum, ties, SMOOTHED, TIES)
         else:
-            ties = 0.0
-            if TIES:
-                ties = count_ties(base, start, stop, peak, softcap, LANES, WIDTH, SOFTCAP)
             w_target, total = weights_of(class_weight, weight_total, label, vocabulary, WEIGHTED)
             finish_row(
                 rows, loss, row, n_rows, z_target, w_target, total, peak, offset, s, u, t, zsum, ties,
@@ -122,6 +103,26 @@ def statistics_kernel(
 
 
 @triton.jit
+def combine_kernel(
+    labels,  # [N] int64
+    states,  # [N, splits, size] fp32
+    joined,  # [N, size] fp32
+    splits, ignore_index, k,
+    SMOOTHED: tl.constexpr, TIES: tl.constexpr, ENTROPY: tl.constexpr, SPLITS: tl.constexpr,
+    MODE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    if tl.load(labels + row) != ignore_index:
+        SIZE: tl.constexpr = 5 + SMOOTHED + TIES
+        at = states + row.to(tl.int64) * splits * SIZE
+        peak, _, s, u, t, z_target, zsum, ties = load_parts(
+            at, splits, SIZE, k, SPLITS, SMOOTHED, TIES, ENTROPY, MODE
+        )
+        to = joined + row.to(tl.int64) * SIZE
+        store_state(to, peak, s, u, t, z_target, zsum, ties, SMOOTHED, TIES)
+
+
+@triton.jit
 def finish_kernel(
     labels,  # [N] int64
     class_weight,  # [V] or unused
@@ -129,30 +130,25 @@ def finish_kernel(
     floor,  # [1] when BATCH: the batch's mean p
     rows,  # [18, N] fp32
     loss,  # [N] fp32
-    states,  # [N, splits, 7] fp32
-    n_rows, splits, vocabulary, ignore_index, k, temperature,
+    states,  # fp32; state j of row i lies at j stride_outer + i stride_inner
+    n_rows, splits, stride_outer, stride_inner, vocabulary, ignore_index, k, temperature,
     alpha, eps, power, scale, low, high, z_loss, smoothing,
     FOCUS: tl.constexpr, FAMILY: tl.constexpr, THROUGH: tl.constexpr, IS_WEIGHT: tl.constexpr,
     BANDED: tl.constexpr, Z_LOSS: tl.constexpr, SMOOTHED: tl.constexpr, WEIGHTED: tl.constexpr,
-    ENTROPY: tl.constexpr, BATCH: tl.constexpr, SPLITS: tl.constexpr, MODE: tl.constexpr,
+    ENTROPY: tl.constexpr, TIES: tl.constexpr, BATCH: tl.constexpr, SPLITS: tl.constexpr,
+    MODE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     label = tl.load(labels + row)
     if label != ignore_index:
-        part = tl.arange(0, SPLITS)
-        at = states + row.to(tl.int64) * splits * 7 + part * 7
-        inside = part < splits
-        peak = tl.load(at, mask=inside, other=float("-inf"))
-        offset = tl.load(at + 1, mask=inside, other=LOWEST)
-        s = tl.load(at + 2, mask=inside, other=0.0)
-        u = tl.load(at + 3, mask=inside, other=0.0)
-        t = tl.load(at + 4, mask=inside, other=0.0)
-        zsum = tl.load(at + 5, mask=inside, other=0.0)
-        z_target = tl.load(states + row.to(tl.int64) * splits * 7 + 6)
-        peak, offset, s, u, t, zsum = combine(peak, offset, s, u, t, zsum, k, SPLITS, ENTROPY, MODE)
+        peak, offset, s, u, t, z_target, zsum, ties = load_parts(
+            states + row.to(tl.int64) * stride_inner, splits, stride_outer, k,
+            SPLITS, SMOOTHED, TIES, ENTROPY, MODE,
+        )  # fmt: skip
+        z_target = tl.where((label >= 0) & (label < vocabulary), z_target, float("nan"))
         w_target, total = weights_of(class_weight, weight_total, label, vocabulary, WEIGHTED)
         finish_row(
-            rows, loss, row, n_rows, z_target, w_target, total, peak, offset, s, u, t, zsum, 0.0,
+            rows, loss, row, n_rows, z_target, w_target, total, peak, offset, s, u, t, zsum, ties,
             vocabulary, k, temperature, alpha, eps, power, scale, floor_of(floor, BATCH), low, high,
             z_loss, smoothing,
             FOCUS, FAMILY, THROUGH, IS_WEIGHT, BANDED, Z_LOSS, SMOOTHED, WEIGHTED, ENTROPY, MODE,

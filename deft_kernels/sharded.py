@@ -1,0 +1,105 @@
+"""The functions of a backend for logits [..., V_r] that are this rank's columns of a vocabulary of V.
+
+Every rank reduces its columns to states, one all-gather brings them together, and every rank goes on alone to
+the same losses and to the gradient of its own columns: the backward sends nothing. Labels and class weights
+come in for the whole vocabulary; labels have to be the same on all ranks of the group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .parallel import Shard, gathered
+from .spec import Spec
+from .states import identity
+
+
+class Sharded:
+    """`backend`: a module with the functions of `blocked`, whose docstrings also say what these do."""
+
+    def __init__(self, backend: Any, shard: Shard):
+        self.backend, self.shard = backend, shard
+
+    def row_loss(
+        self, logits: Tensor, labels: Tensor, class_weight: Tensor | None, ignore_index: int, spec: Spec
+    ) -> tuple[Tensor, Tensor]:
+        width = logits.shape[-1]
+        # An ignored row keeps a number of its own: counted from `start`, a label may become ignore_index.
+        local = self._local(labels, width).where(labels != ignore_index, -1)
+        if width == 0:
+            dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+            states = identity(labels.numel(), spec, logits, dtype)
+        else:
+            weight = self._columns(class_weight, width)
+            states = self.backend.row_states(logits, local, weight, -1, spec)
+        states = gathered(states, self.shard)
+        return self.backend.states_loss(states, labels, class_weight, self.shard.size, ignore_index, spec)
+
+    def row_loss_with_gradient(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        row_scale: Tensor,
+        class_weight: Tensor | None,
+        ignore_index: int,
+        spec: Spec,
+        out: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        loss, rows = self.row_loss(logits, labels, class_weight, ignore_index, spec)
+        self.gradient(logits, labels, class_weight, rows, row_scale, spec, out)
+        return loss, rows
+
+    def gradient(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        class_weight: Tensor | None,
+        rows: Tensor,
+        dloss: Tensor,
+        spec: Spec,
+        out: Tensor,
+    ) -> None:
+        if logits.shape[-1] == 0:
+            return
+        labels, class_weight, spec = self._own(logits, labels, class_weight, spec)
+        self.backend.gradient(logits, labels, class_weight, rows, dloss, spec, out)
+
+    def match_upstream(
+        self,
+        dlogits: Tensor,
+        upstream: Tensor,
+        logits: Tensor | None,
+        labels: Tensor,
+        row_scale: Tensor,
+        class_weight: Tensor | None,
+        rows: Tensor,
+        spec: Spec,
+    ) -> None:
+        if dlogits.shape[-1] == 0:
+            return
+        labels, class_weight, spec = self._own(dlogits, labels, class_weight, spec)
+        args = (upstream, logits, labels, row_scale, class_weight, rows, spec)
+        self.backend.match_upstream(dlogits, *args)
+
+    def _own(
+        self, logits: Tensor, labels: Tensor, class_weight: Tensor | None, spec: Spec
+    ) -> tuple[Tensor, Tensor | None, Spec]:
+        """What a gradient of these columns is made with."""
+        width = logits.shape[-1]
+        # Smoothing spreads over the whole vocabulary, and a backend divides by the columns it sees.
+        smoothing = spec.label_smoothing * width / self.shard.size
+        spec = replace(spec, label_smoothing=smoothing, shard=None)
+        return self._local(labels, width), self._columns(class_weight, width), spec
+
+    def _local(self, labels: Tensor, width: int) -> Tensor:
+        """Labels counted from this rank's first column; `width`, which is none of them, for all others."""
+        own = labels - self.shard.start
+        return own.where((own >= 0) & (own < width), width)
+
+    def _columns(self, class_weight: Tensor | None, width: int) -> Tensor | None:
+        start = self.shard.start
+        return None if class_weight is None else class_weight[start : start + width]

@@ -1,0 +1,114 @@
+"""The state of a row's softmax over a part of the vocabulary, and how the states of all parts become one.
+
+With x_j = k z_j - offset, k = log2(e) / temperature, and offset = k max z_j rounded (at least -2^28):
+
+    0 peak = max z_j    1 s = sum 2^x_j    2 u = sum 2^(2 x_j)    3 t = sum 2^x_j x_j    4 target = z_y
+
+then, where they are asked for, the sum of w_j z_j (label smoothing) and how many columns hold the peak (exact
+gradients through max p). s, u and t run over all columns but one largest, which the peak stands for: a sum
+that holds its 1 has lost the digits of a confident row. The offset follows from the peak and is no part of
+the state. Of a part without the target z_y is -inf, which is also its value in the identity
+(-inf, 0, 0, 0, -inf). The kernels' twin is `kernels/state.py`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .formulas import LN2
+from .spec import Spec
+from .statistics import Field, Fields
+
+# Offsets beyond are rounded by more than 2^x can bear, see `kernels.device`.
+LARGEST_OFFSET = 2.0**28
+
+
+def state_size(spec: Spec) -> int:
+    """Numbers in a state: 5, one more with label smoothing, one more for the gradient through max p."""
+    return 5 + (spec.label_smoothing > 0) + spec.peaks
+
+
+def identity(count: int, spec: Spec, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """States [count, size] of a part of the vocabulary without a single column."""
+    states = torch.zeros(count, state_size(spec), dtype=dtype, device=like.device)
+    states[:, 0] = states[:, 4] = -math.inf
+    return states
+
+
+def offset_of(peak: Tensor, k: float) -> Tensor:
+    """The offset that belongs to a peak, rounded in the peak's dtype as every pass over the row rounds it."""
+    return (peak * k).clamp_(min=-LARGEST_OFFSET)
+
+
+def bounded(offset: Tensor) -> Tensor:
+    """The offset of a whole row. Logits of 2e8 and more: its rounding no longer cancels. NaN, rather than a
+    wrong number."""
+    return offset.masked_fill(offset.abs() >= LARGEST_OFFSET, math.nan)
+
+
+def combine(states: Tensor, spec: Spec, k: float) -> tuple[Fields, Tensor | None]:
+    """(statistics, sum_c w_c z_c if smoothing) of rows from their states [parts, N, size].
+
+    All parts but the one with the largest logit give up the column that their peak stands for.
+    """
+    peaks, target = states[..., 0], states[..., 4].amax(0).double()
+    offsets = offset_of(peaks, k).double()
+    peak, winner = peaks.double().max(0)
+    offset = bounded(offsets.amax(0))
+    s, u, t = states[..., 1:4].double().unbind(-1)
+    moved = offsets - offset
+    r = torch.exp2(moved)
+    x = peaks.double() * k - offset
+    e = torch.exp2(x).scatter(0, winner.unsqueeze(0), 0.0)
+    rest = (s * r + e).sum(0)
+    logs = r * (t + moved * s) + torch.where(e == 0, 0.0, x * e)
+    fields: Fields = {}
+    if spec.peaks:
+        ties = states[..., -1].double()
+        fields[Field.TIES] = torch.where(peaks == peak, ties, 0.0).sum(0)
+    x_peak = peak * k - offset
+    largest = torch.exp2(x_peak)
+    squares = (u * (r * r) + e * e).sum(0)
+    t_sum = logs.sum(0) if spec.needs_entropy else None
+    statistics_of(fields, spec.temperature, k, target, peak, offset, rest, largest, squares, t_sum)
+    return fields, states[..., 5].double().sum(0) if spec.label_smoothing > 0 else None
+
+
+def statistics_of(
+    fields: Fields,
+    temperature: float,
+    k: float,
+    target: Tensor,
+    peak: Tensor,
+    offset: Tensor,
+    rest: Tensor,
+    apart: Tensor,
+    u: Tensor,
+    t: Tensor | None,
+    *,
+    held: Tensor | None = None,
+) -> None:
+    """Statistics from a row's sums, in float64: each is then rounded once, as the sums are.
+
+    rest, u, t: over all columns but one, whose 2^x is `apart`.  held: where that column is the largest, if it
+    is not always.
+    """
+    s = rest + apart
+    x_peak = peak * k - offset
+    correct = target >= peak
+    log_sum = torch.where(
+        apart > 0.5 if held is None else held,
+        torch.log1p(rest / apart),
+        torch.log(s) - x_peak * LN2,
+    )
+    fields[Field.OFFSET], fields[Field.PEAK], fields[Field.SUM] = offset, peak, s
+    fields[Field.CORRECT] = correct.double()
+    fields[Field.LOGP] = (target - peak) / temperature - log_sum
+    fields[Field.LSE] = peak / temperature + log_sum
+    fields[Field.COLLISION] = (u + apart * apart) / (s * s)
+    fields[Field.MAX_PROB] = torch.exp2(x_peak) / s
+    if t is not None:
+        fields[Field.ENTROPY] = (log_sum - LN2 * (t - x_peak * rest) / s).clamp_(min=0.0)

@@ -1,0 +1,66 @@
+"""Cases that run in real processes, one pool of them a test file, as starting PyTorch takes seconds.
+
+NCCL where there are enough GPUs, else gloo on the CPU. Every case is a function that all ranks call.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+# Seconds without a case coming to an end before all are given up: a rank that waits for one that failed.
+PATIENCE = 90
+
+
+def device() -> str:
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"
+
+
+def _worker(rank: int, ranks: int, folder: str, cases: Sequence[Callable[[], None]]) -> None:
+    torch.set_num_threads(1)
+    nccl = torch.cuda.device_count() >= ranks
+    if nccl:
+        torch.cuda.set_device(rank)
+    store = f"file://{folder}/store"
+    dist.init_process_group("nccl" if nccl else "gloo", init_method=store, rank=rank, world_size=ranks)
+    for case in cases:
+        torch.manual_seed(0)
+        outcome = "passed"
+        try:
+            case()
+        except BaseException:
+            outcome = traceback.format_exc()
+        Path(folder, f"{case.__name__}.{rank}").write_text(outcome)
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+def run(cases: Sequence[Callable[[], None]], ranks: int) -> dict[str, list[str]]:
+    """What became of each case on each rank: "passed", the traceback, or that it never came to an end."""
+    if torch.cuda.device_count() < ranks:
+        os.environ["TRITON_INTERPRET"] = "1"
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    with tempfile.TemporaryDirectory() as folder:
+        context = mp.spawn(_worker, args=(ranks, folder, cases), nprocs=ranks, join=False)
+        done, waited = 0, 0.0
+        while not context.join(timeout=2):
+            finished = len(list(Path(folder).iterdir()))
+            waited = 0.0 if finished > done else waited + 2
+            done = finished
+            if waited >= PATIENCE:
+                for process in context.processes:
+                    process.kill()
+                break
+        return {case.__name__: [_outcome(folder, case.__name__, r) for r in range(ranks)] for case in cases}
+
+
+def _outcome(folder: str, case: str, rank: int) -> str:
+    report = Path(folder, f"{case}.{rank}")
+    return report.read_text() if report.exists() else "hangs in this case or in one before"
