@@ -1,0 +1,147 @@
+"""A causal model taken apart: its backbone, its head, and what happens to the logits before the loss.
+
+That is asked of the model itself, with a small random head, so that no list of families is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+OWN_LOGITS = "use set_loss_function(model), which takes the model's own logits"
+ROWS, WORDS = 8, 64  # of the probe: enough numbers to tell one factor from any other function
+
+
+def bare(model: Any, call: str) -> Any:
+    """The transformers model behind a PEFT wrapper; TypeError for what is neither."""
+    if hasattr(model, "_orig_mod"):
+        raise TypeError(f"model: {call} comes before torch.compile; pass the model that was compiled")
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    if not (hasattr(model, "get_output_embeddings") and hasattr(model, "base_model")):
+        raise TypeError(
+            f"model: {call} expects a transformers model or a PEFT model around one, before it is wrapped "
+            f"for distributed training, got {type(model).__name__}"
+        )
+    return model
+
+
+def backbone(model: Any, call: str) -> nn.Module:
+    base = model.base_model
+    if base is model:
+        raise ValueError(
+            f"model: {type(model).__name__} has no backbone of its own below {call}; {OWN_LOGITS}"
+        )
+    return base
+
+
+def plain_head(model: Any, call: str) -> nn.Linear:
+    """The output embeddings, if they are a matrix and nothing else; ValueError with the remedy if not."""
+    head = model.get_output_embeddings()
+    if hasattr(head, "base_layer"):
+        raise ValueError(
+            f"lm_head: carries an adapter ({type(head).__module__}.{type(head).__name__}), which {call} "
+            "would leave out, as it multiplies by lm_head.weight: remove 'lm_head' from target_modules, or "
+            + OWN_LOGITS
+        )
+    own_forward = "forward" in vars(head) or type(head).forward is not nn.Linear.forward
+    if not isinstance(head, nn.Linear) or own_forward:
+        raise ValueError(
+            f"lm_head: {call} needs a plain nn.Linear, got {type(head).__name__} with a forward of its own; "
+            + OWN_LOGITS
+        )
+    if hasattr(head.weight, "ds_id"):
+        raise ValueError(
+            f"lm_head: its weight is partitioned by DeepSpeed ZeRO-3, which {call} cannot "
+            f"gather; {OWN_LOGITS}"
+        )
+    return head
+
+
+def softcap_of(model: Any) -> float | None:
+    config = model.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    cap = getattr(text, "final_logit_softcapping", None)
+    return None if cap is None else float(cap)
+
+
+class _Outputs:
+    """A backbone's outputs of which only the hidden states exist."""
+
+    def __init__(self, hidden: Tensor):
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, index: Any) -> Any:
+        return (self.last_hidden_state,)[index]
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+@contextmanager
+def _answering(model: Any, hidden: Tensor) -> Iterator[None]:
+    """While it lasts, the backbone computes nothing and returns `hidden`."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    asked = {id(part): part for part in (model.base_model, decoder) if part is not None and part is not model}
+    before = [(part, vars(part).get("forward")) for part in asked.values()]
+    for part, _ in before:
+        part.forward = lambda *args, **kwargs: _Outputs(hidden)
+    try:
+        yield
+    finally:
+        for part, forward in before:
+            del part.forward
+            if forward is not None:
+                part.forward = forward
+
+
+def logit_transform(model: Any, call: str) -> tuple[float, float | None]:
+    """(scale, softcap) with model logits = softcap tanh(scale head(hidden) / softcap); None: no cap.
+
+    Found by asking the model: its own forward is run on random hidden states and a small random head, in
+    float64, with the backbone answering for itself. Costs no memory and needs no real weights, so it works
+    on the meta device as well.
+    Raises: ValueError when the logits are any other function of the product.
+    """
+    head, cap = plain_head(model, call), softcap_of(model)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, ROWS, head.in_features, generator=generator, dtype=torch.float64)
+    weight = torch.randn(WORDS, head.in_features, generator=generator, dtype=torch.float64)
+    # Logits up to 3.5 times this: large enough for a cap or a clamp to show, small enough to undo the cap.
+    spread = 10.0 if cap is None else cap / 2
+    weight *= spread / head.in_features**0.5
+    probe = {"weight": weight}
+    if head.bias is not None:
+        probe["bias"] = torch.randn(WORDS, generator=generator, dtype=torch.float64)
+    product = nn.functional.linear(hidden, weight, probe.get("bias"))
+    of_head = {id(parameter): name for name, parameter in head.named_parameters()}
+    replaced = {
+        name: probe[of_head[id(parameter)]]
+        for name, parameter in model.named_parameters()
+        if id(parameter) in of_head
+    }
+    ids = torch.zeros(1, ROWS, dtype=torch.long)
+    try:
+        with torch.no_grad(), _answering(model, hidden):
+            outputs = torch.func.functional_call(model, replaced, (), {"input_ids": ids, "use_cache": False})
+        logits = outputs.logits.double()
+        known = logits.shape == product.shape
+    except Exception as error:
+        raise ValueError(
+            f"model: {call} could not find out what {type(model).__name__} does to its logits; {OWN_LOGITS}"
+        ) from error
+    if known:
+        raw = logits if cap is None else cap * torch.atanh(logits / cap)
+        scale = float((raw * product).sum() / product.square().sum())
+        known = scale > 0 and float((raw - scale * product).abs().max()) < 1e-4 * scale * float(product.max())
+    if not known:
+        raise ValueError(
+            f"model: {type(model).__name__} does more to its logits than {call} can repeat (a factor and "
+            f"final_logit_softcapping); {OWN_LOGITS}"
+        )
+    return (1.0 if abs(scale - 1.0) < 1e-6 else scale), cap

@@ -1,0 +1,150 @@
+"""Liger: the gated loss in place of its fused linear cross-entropy, in every model family it patches."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..calls import RowLoss
+from ..linear import fused_linear_deft_loss
+from ..objectives import Objective
+from . import head as heads
+from .running import RunningStatistics
+from .settings import checked, described, recorder
+from .watch import Watch
+
+NAME = "liger_fused_linear_cross_entropy"
+KEYWORDS = ("temperature", "chunk_bytes", "backend")
+
+_original: Any = None
+_watches: list[Watch] = []
+
+
+def install(
+    objective: str | Objective | RowLoss = "deft",
+    *,
+    model: Any = None,
+    statistics: RunningStatistics | None = None,
+    **keywords: Any,
+) -> None:
+    """Replace `liger_kernel.transformers.functional.liger_fused_linear_cross_entropy`, until `uninstall()`.
+
+    Liger's patched forwards (`use_liger_kernel=True`, `AutoLigerKernelForCausalLM`,
+    `apply_liger_kernel_to_*`) look that name up at each call. Labels, bias, class weights, ignore_index,
+    z-loss, label smoothing, softcap and reduction come from Liger's caller.
+
+    Args:
+        objective, statistics: as in `transformers.ComputeLoss`.
+        model: the model that will be trained: an error is raised in its first training step that does not
+            come to the gated loss, and at once for an adapter on its head, which Liger leaves out.
+        temperature, chunk_bytes, backend: as in `fused_linear_deft_loss`.
+    Raises: RuntimeError when it is installed already; ImportError without liger-kernel. The replacement
+        raises for what it cannot do: return_z_loss, return_predicted_tokens, use_token_scaling, an
+        accum_dtype that is not fp32, chunk_mem_const.
+    """
+    global _original
+    import liger_kernel.transformers.functional as functional
+
+    if _original is not None:
+        raise RuntimeError("liger: a gated loss is installed already; call uninstall() first")
+    objective, statistics = described(objective), recorder(statistics)
+    keywords = checked("liger.install", KEYWORDS, keywords)
+    original = getattr(functional, NAME)
+    unknown = set(inspect.signature(original).parameters) - set(
+        inspect.signature(_Replacement.__call__).parameters
+    )
+    if unknown:
+        raise RuntimeError(f"liger: this version's {NAME} takes {', '.join(sorted(unknown))}, unknown here")
+    watch = None
+    if model is not None:
+        bare = heads.bare(model, "liger.install")
+        heads.plain_head(bare, "liger.install")
+        watch = Watch(heads.backbone(bare, "liger.install"), "liger.install")
+        _watches.append(watch)
+    replacement = _Replacement(objective, statistics, watch, keywords)
+    setattr(functional, NAME, replacement)
+    _original = original
+
+
+def uninstall() -> None:
+    """Put Liger's own function back. Raises: RuntimeError when nothing is installed."""
+    global _original
+    import liger_kernel.transformers.functional as functional
+
+    if _original is None:
+        raise RuntimeError("liger: no gated loss is installed")
+    setattr(functional, NAME, _original)
+    _original = None
+    while _watches:
+        _watches.pop().remove()
+
+
+class _Replacement:
+    """The signature of Liger's function; inspect.signature of an instance shows it, as Liger looks at it."""
+
+    def __init__(
+        self,
+        objective: Any,
+        statistics: RunningStatistics | None,
+        watch: Watch | None,
+        keywords: dict[str, Any],
+    ):
+        self.objective, self.statistics, self.watch, self.keywords = objective, statistics, watch, keywords
+
+    def __call__(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        bias: Tensor | None = None,
+        ce_weight: Tensor | None = None,
+        ignore_index: int = -100,
+        lse_square_scale: float = 0.0,
+        label_smoothing: float = 0.0,
+        reduction: Any = "mean",
+        softcap: float | None = None,
+        return_z_loss: bool = False,
+        accum_dtype: torch.dtype | None = None,
+        use_token_scaling: bool = False,
+        return_token_accuracy: bool = False,
+        return_predicted_tokens: bool = False,
+        chunk_mem_const: int = 1,
+    ) -> Any:
+        refused = {
+            "return_z_loss": (return_z_loss, "the z-loss is in the loss, not apart"),
+            "use_token_scaling": (use_token_scaling, 'scaling by p is an objective: install("dft")'),
+            "return_predicted_tokens": (return_predicted_tokens, "no arg max is kept"),
+            "accum_dtype": (accum_dtype not in (None, torch.float32), "gradients are summed in fp32"),
+            "chunk_mem_const": (chunk_mem_const != 1, "pass chunk_bytes= to install"),
+        }
+        for name, (asked, remedy) in refused.items():
+            if asked:
+                raise ValueError(f"{name}: not available with the gated loss: {remedy}")
+        loss, stats = fused_linear_deft_loss(
+            input,
+            weight,
+            target,
+            bias,
+            objective=self.objective,
+            class_weight=ce_weight,
+            ignore_index=ignore_index,
+            z_loss=lse_square_scale,
+            label_smoothing=label_smoothing,
+            reduction=reduction,
+            softcap=softcap,
+            return_stats=True,
+            **self.keywords,
+        )
+        valid = target != ignore_index
+        if self.watch is not None:
+            self.watch.seen()
+        if self.statistics is not None:
+            self.statistics.update(stats, valid)
+        if not return_token_accuracy:
+            return loss
+        from liger_kernel.transformers.functional import CrossEntropyOutput
+
+        return CrossEntropyOutput(loss=loss, token_accuracy=stats.correct.sum() / valid.sum().clamp(min=1))

@@ -1,0 +1,125 @@
+"""`deft_loss` in the signatures in which transformers asks for a loss over logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..calls import RowLoss
+from ..functional import deft_loss
+from ..objectives import Objective
+from .running import RunningStatistics
+from .settings import OF_LOGITS, checked, counted, denominator, described, recorder
+from .watch import Watch
+
+
+class _OfLogits:
+    """`deft_loss` on a model's logits; what is common to the two signatures."""
+
+    def __init__(
+        self,
+        objective: str | Objective | RowLoss = "deft",
+        *,
+        statistics: RunningStatistics | None = None,
+        shift: bool = True,
+        **keywords: Any,
+    ):
+        self.objective = described(objective)
+        self.statistics = recorder(statistics)
+        self.shift = shift
+        self.keywords = checked(type(self).__name__, OF_LOGITS, keywords)
+
+    def _loss(self, logits: Tensor, labels: Tensor, shift: bool, num_items: Any, ignore_index: int) -> Tensor:
+        labels = labels.to(logits.device)
+        settings = {"shift": shift, "ignore_index": ignore_index, "num_items": denominator(num_items, logits)}
+        weight = self.keywords.get("weight")
+        if weight is not None:
+            settings["weight"] = weight.to(logits.device)
+        keywords: dict[str, Any] = {"objective": self.objective, **self.keywords, **settings}
+        if self.statistics is None:
+            return deft_loss(logits, labels, **keywords)
+        loss, stats = deft_loss(logits, labels, return_stats=True, **keywords)
+        self.statistics.update(stats, counted(labels, shift, ignore_index))
+        return loss
+
+
+class ComputeLoss(_OfLogits):
+    """A `Trainer`'s compute_loss_func: `deft_loss` of outputs.logits, shifted, over num_items_in_batch.
+
+    Args:
+        objective: as in `deft_loss`.
+        statistics: a `RunningStatistics` to add each call's rows to.
+        shift: False where logits and labels are aligned already (encoder-decoder models).
+        temperature, z_loss, label_smoothing, weight, inplace, grad_in_forward, backend: as in `deft_loss`.
+    Called with: outputs (a ModelOutput, mapping or tuple), labels [B, T], num_items_in_batch (None: the mean
+        over this batch). It is called in evaluation too, so eval_loss is gated.
+    Raises: ValueError, TypeError when there are no logits or labels.
+    """
+
+    def __call__(self, outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Tensor:
+        if isinstance(outputs, Mapping):
+            logits = outputs.get("logits")
+        else:
+            logits = outputs[0] if isinstance(outputs, tuple) else getattr(outputs, "logits", None)
+        if logits is None:
+            raise ValueError(
+                "outputs: hold no logits, so the model made its own loss (Liger's fused flag, or TRL's "
+                "loss_type='chunked_nll'): use deft_kernels.integrations.liger.install(), or "
+                "deft_kernels.integrations.trl.apply(trainer) with loss_type='nll'"
+            )
+        if labels is None:
+            raise ValueError("labels: None; the dataset or the collator has to give a 'labels' column")
+        if getattr(outputs, "aux_loss", None) is not None:
+            raise ValueError(
+                "output_router_logits: the model adds its router's auxiliary loss only to a loss of its own, "
+                "so compute_loss_func would drop it; use set_loss_function(model), or "
+                "output_router_logits=False"
+            )
+        if self.shift and getattr(outputs, "encoder_last_hidden_state", None) is not None:
+            raise ValueError(
+                "shift: this is an encoder-decoder model, whose labels are aligned with its logits; use "
+                "ComputeLoss(..., shift=False)"
+            )
+        return self._loss(logits, labels, self.shift, num_items_in_batch, -100)
+
+
+class ForCausalLM(_OfLogits):
+    """A causal model's `loss_function`; the signature of transformers' own.
+
+    Args: as `ComputeLoss`. Better given to a model by `set_loss_function`, which watches that it is used.
+    Called with: logits [B, T, V], labels [B, T], vocab_size, num_items_in_batch, ignore_index, and under
+        context parallelism shift_labels, which are aligned already. Other keywords are the attention's.
+    """
+
+    watch: Watch | None = None
+
+    def __call__(
+        self,
+        logits: Tensor,
+        labels: Tensor | None,
+        vocab_size: int | None = None,
+        num_items_in_batch: Any = None,
+        ignore_index: int = -100,
+        shift_labels: Tensor | None = None,
+        **others: Any,
+    ) -> Tensor:
+        for name in (*OF_LOGITS, "reduction", "token_weight", "softcap"):
+            if name in others:
+                raise TypeError(
+                    f"{name}: give it to ForCausalLM or set_loss_function, not to the model's call"
+                )
+        if vocab_size is not None and logits.shape[-1] != vocab_size:
+            raise ValueError(f"vocab_size: is {vocab_size}, the logits have shape {tuple(logits.shape)}")
+        if self.watch is not None:
+            self.watch.seen()
+        target = labels if shift_labels is None else shift_labels
+        if target is None:
+            raise ValueError("labels: None, and no shift_labels either")
+        shift = self.shift and shift_labels is None
+        return self._loss(logits, target, shift, num_items_in_batch, ignore_index)
+
+
+compute_loss_func = ComputeLoss()
+for_causal_lm = ForCausalLM()

@@ -1,0 +1,176 @@
+"""A model's own forward taken over: its loss function, or everything from the hidden states on."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..calls import RowLoss
+from ..linear import fused_linear_deft_loss
+from ..objectives import Objective
+from . import head as heads
+from .logits import ForCausalLM
+from .running import RunningStatistics
+from .settings import OF_HIDDEN, checked, counted, denominator, described, recorder
+from .watch import Watch
+
+RECORD = "_deft_kernels"
+
+
+def set_loss_function(
+    model: Any,
+    objective: str | Objective | RowLoss = "deft",
+    *,
+    statistics: RunningStatistics | None = None,
+    **keywords: Any,
+) -> None:
+    """model.loss_function = ForCausalLM(objective, ...), and an error if a training step goes past it.
+
+    Args: model: a transformers model, or a PEFT model around one, before it is wrapped or compiled; the
+        others as in `ComputeLoss`. Used in evaluation too, so eval_loss is gated.
+    Raises: TypeError for another model; ValueError for one that has been given a loss already. In the first
+        training step that does not come to the loss (Liger's fused flag, TRL >= 1.15, labels taken out of the
+        forward): RuntimeError with what to do, before any parameter changes.
+    Memory: the model's logits, whole; as `deft_loss`.
+    """
+    loss = ForCausalLM(objective, statistics=statistics, **keywords)
+    bare = heads.bare(model, "set_loss_function")
+    _unpatched(bare)
+    loss.watch = Watch(heads.backbone(bare, "set_loss_function"), "set_loss_function")
+    bare.loss_function = loss
+    setattr(bare, RECORD, loss)
+
+
+def _unpatched(model: Any) -> None:
+    if RECORD in vars(model):
+        raise ValueError("model: has a gated loss already; call unpatch_model(model) first")
+
+
+class _OfHidden:
+    """`fused_linear_deft_loss` on a model's hidden states; what a patched forward needs to know."""
+
+    def __init__(self, model: Any, objective: Any, statistics: Any, keywords: dict[str, Any]):
+        self.objective = described(objective)
+        self.statistics = recorder(statistics)
+        self.keywords = checked("patch_model", OF_HIDDEN, keywords)
+        self.scale, self.softcap = heads.logit_transform(model, "patch_model")
+        parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
+        self.names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        self.watch = Watch(heads.backbone(model, "patch_model"), "patch_model")
+
+    def __call__(self, model: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        from transformers.modeling_outputs import CausalLMOutputWithPast
+
+        call = dict(zip(self.names, args, strict=False)) | keywords
+        labels, aligned = call.pop("labels", None), call.pop("shift_labels", None)
+        num_items = call.pop("num_items_in_batch", None)
+        _refuse(model, call, labels is None and aligned is None)
+        outputs = model.base_model(**call)
+        head = heads.plain_head(model, "patch_model")
+        hidden = outputs.last_hidden_state.to(head.weight.device)
+        shift = aligned is None
+        target = (labels if shift else aligned).to(hidden.device)
+        settings: dict[str, Any] = {"objective": self.objective, "shift": shift, **self.keywords}
+        settings |= {"logit_scale": self.scale, "softcap": self.softcap}
+        settings["num_items"] = denominator(num_items, hidden)
+        if settings.get("class_weight") is not None:
+            settings["class_weight"] = settings["class_weight"].to(hidden.device)
+        if self.statistics is None:
+            loss = fused_linear_deft_loss(hidden, head.weight, target, head.bias, **settings)
+        else:
+            loss, stats = fused_linear_deft_loss(
+                hidden, head.weight, target, head.bias, return_stats=True, **settings
+            )
+            self.statistics.update(stats, counted(target, shift, -100))
+        self.watch.seen()
+        others = ("past_key_values", "hidden_states", "attentions")
+        return CausalLMOutputWithPast(loss=loss, **{name: getattr(outputs, name, None) for name in others})
+
+
+def _refuse(model: Any, call: dict[str, Any], no_labels: bool) -> None:
+    if no_labels:
+        raise ValueError(
+            "labels: a training forward of a patched model makes the loss and needs them. Leave out "
+            "compute_loss_func and label_smoothing_factor, which take them away (pass label_smoothing= to "
+            "patch_model), or call unpatch_model(model)"
+        )
+    if call.pop("return_dict", None) is False:
+        raise ValueError("return_dict: a patched model returns a ModelOutput; leave return_dict=False out")
+    kept = call.pop("logits_to_keep", 0)
+    if isinstance(kept, Tensor) or kept:
+        raise ValueError("logits_to_keep: a patched model makes no logits while training; leave it out")
+    text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    if call.get("output_router_logits", getattr(text, "output_router_logits", False)):
+        raise ValueError(
+            "output_router_logits: a patched model leaves the router's auxiliary loss out; use "
+            "set_loss_function(model), with which the model adds it, or set output_router_logits=False"
+        )
+
+
+def patch_model(
+    model: Any,
+    objective: str | Objective | RowLoss = "deft",
+    *,
+    statistics: RunningStatistics | None = None,
+    **keywords: Any,
+) -> None:
+    """Make the loss inside the model's forward, from hidden states, without logits.
+
+    The instance's forward is wrapped: in training mode with gradients it runs the backbone (`base_model`) and
+    `fused_linear_deft_loss` with the weight of `get_output_embeddings()`, and returns a ModelOutput with the
+    loss and no logits; otherwise, in evaluation and generation, it is the model's own, so eval_loss is plain
+    cross-entropy. What the model does to its logits (Gemma 2's softcap, Cohere's and Granite's scale) is
+    found by asking it, and repeated, or refused.
+
+    Args:
+        model: a transformers causal model, or a PEFT model around one, before it is compiled, given to a
+            trainer or wrapped (DDP, fully_shard).
+        objective, statistics: as in `ComputeLoss`.
+        temperature, z_loss, label_smoothing, class_weight, chunk_bytes, backend: as in
+            `fused_linear_deft_loss`.
+    Raises: ValueError for a head that is more than a matrix (LoRA on it, quantised, ZeRO-3), logits that
+        cannot be repeated, an auxiliary router loss, a forward that was replaced already. In the first
+        training step that does not come to the loss: RuntimeError with what to do.
+    Memory: as `fused_linear_deft_loss`.
+    """
+    bare = heads.bare(model, "patch_model")
+    _unpatched(bare)
+    if "forward" in vars(bare):
+        raise ValueError(
+            "model: its forward has been replaced already (by Liger, TRL, accelerate or a device map); patch "
+            "the model before them, or use deft_kernels.integrations.liger.install() or .trl.apply(trainer)"
+        )
+    if getattr(bare.config, "is_encoder_decoder", False):
+        raise ValueError("model: is an encoder-decoder model; use ComputeLoss(shift=False)")
+    text = bare.config.get_text_config() if hasattr(bare.config, "get_text_config") else bare.config
+    _refuse(bare, {"output_router_logits": getattr(text, "output_router_logits", False)}, False)
+    loss = _OfHidden(bare, objective, statistics, keywords)
+
+    # A function bound to the instance, as accelerate and copy.deepcopy expect a forward to be; the loss is
+    # looked up on the instance, so that a copy has its own. No __wrapped__: accelerate would unwrap it.
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.training and torch.is_grad_enabled():
+            return getattr(self, RECORD)(self, args, kwargs)
+        return type(self).forward(self, *args, **kwargs)
+
+    forward.__signature__ = inspect.signature(type(bare).forward)  # type: ignore[attr-defined]
+    setattr(bare, RECORD, loss)
+    bare.forward = types.MethodType(forward, bare)
+
+
+def unpatch_model(model: Any) -> None:
+    """Undo `patch_model` or `set_loss_function`. Raises: ValueError when there is nothing to undo."""
+    bare = heads.bare(model, "unpatch_model")
+    loss = vars(bare).get(RECORD)
+    if loss is None:
+        raise ValueError("model: has no gated loss of patch_model or set_loss_function")
+    loss.watch.remove()
+    delattr(bare, RECORD)
+    if isinstance(loss, _OfHidden):
+        del bare.forward
+    else:
+        del bare._loss_function

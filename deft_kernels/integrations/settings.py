@@ -1,0 +1,52 @@
+"""What every stack's call takes: an objective, keywords of the loss, and where the statistics go."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..calls import RowLoss
+from ..objectives import Objective, resolve
+from .running import RunningStatistics
+
+# Keywords that a stack may pass on; the others of `deft_loss` are decided by the trainer's own call.
+OF_LOGITS = ("temperature", "z_loss", "label_smoothing", "weight", "inplace", "grad_in_forward", "backend")
+OF_HIDDEN = ("temperature", "z_loss", "label_smoothing", "class_weight", "chunk_bytes", "backend")
+
+
+def described(objective: str | Objective | RowLoss) -> Objective | RowLoss:
+    """The objective, its name resolved, so that a wrong one raises where it was written."""
+    return objective if callable(objective) else resolve(objective)
+
+
+def checked(call: str, known: tuple[str, ...], keywords: dict[str, Any]) -> dict[str, Any]:
+    """The keywords, if all are known; TypeError otherwise, as none may be dropped without a word."""
+    for name in keywords:
+        if name not in known:
+            raise TypeError(
+                f"{name}: not a keyword of {call}; known: {', '.join(known)} (reduction, shift, num_items "
+                "and ignore_index follow from what the trainer passes)"
+            )
+    return dict(keywords)
+
+
+def recorder(statistics: Any) -> RunningStatistics | None:
+    if statistics is not None and not isinstance(statistics, RunningStatistics):
+        raise TypeError(f"statistics: expected a RunningStatistics, got {type(statistics).__name__}")
+    return statistics
+
+
+def denominator(num_items: Any, like: Tensor) -> Any:
+    """The trainer's number of items, on the loss's device; 1 for 0, so that an empty batch gives no NaN."""
+    if num_items is None:
+        return None
+    if isinstance(num_items, Tensor):
+        num_items = num_items.to(like.device)
+        return num_items + (num_items == 0).to(num_items.dtype)
+    return num_items if num_items != 0 else 1
+
+
+def counted(labels: Tensor, shift: bool, ignore_index: int) -> Tensor:
+    """The rows that a call counts, in any shape."""
+    return (labels[..., 1:] if shift else labels) != ignore_index

@@ -1,0 +1,157 @@
+"""TRL's SFTTrainer: the gated loss from the statistics of its fused head, or by compute_loss_func before.
+
+TRL >= 1.15 makes log-probabilities, entropy and ln sum p^2 of each token without logits, and its loss is
+their sum over the number of tokens: there only the row formula is missing, `gated_loss`. Earlier versions
+take a compute_loss_func.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..formulas import evaluate, outside_band
+from ..gated import gated_loss
+from ..objectives import Objective, resolve
+from ..statistics import Field, RowStatistics
+from .logits import ComputeLoss
+from .patching import RECORD
+from .running import RunningStatistics
+from .transformers import check_trainer, refuse_label_smoothing
+
+FUSED_OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "is_top1")
+
+
+def apply(
+    trainer: Any,
+    objective: str | Objective = "deft",
+    *,
+    log_statistics: bool = True,
+    **keywords: Any,
+) -> RunningStatistics:
+    """Give an `SFTTrainer` the gated loss, between its construction and train(); its own metrics stay.
+
+    TRL >= 1.15: rewrites the per-token log-probabilities that the fused head returns while training, so no
+    logits are made; evaluation keeps TRL's loss, plain cross-entropy. Earlier: compute_loss_func, on logits.
+
+    Args:
+        trainer: an `SFTTrainer`, its loss_type "nll".
+        objective: a name or an `Objective`. With the fused head: none that needs max p, that is a function of
+            `RowStatistics`, or that differentiates through sum p^2.
+        log_statistics: add a `StatisticsCallback`.
+        keywords: as in `transformers.ComputeLoss`, before TRL 1.15; the fused head has none.
+    Returns: the `RunningStatistics` that are logged.
+    Raises: TypeError for another trainer; ValueError for loss_type "dft" or "chunked_nll",
+        label_smoothing_factor, a compute_loss_func, Liger's fused flag, DeepSpeed sequence parallelism, and
+        objectives that the fused head has no statistics for; each with what to do.
+    """
+    import trl
+
+    from .callback import StatisticsCallback
+
+    if not isinstance(trainer, trl.SFTTrainer):
+        raise TypeError(f"trainer: expected an SFTTrainer, got {type(trainer).__name__}")
+    loss_type = getattr(trainer.args, "loss_type", "nll")
+    if loss_type != "nll":
+        why = {
+            "chunked_nll": "which makes its own plain cross-entropy and no logits",
+            "dft": 'which is a gated loss of its own (the same is objective="dft" here)',
+        }.get(loss_type, "unknown here")
+        raise ValueError(f'loss_type: is {loss_type!r}, {why}; set SFTConfig(loss_type="nll")')
+    refuse_label_smoothing(trainer.args)
+    statistics = RunningStatistics()
+    if _has_fused_head():
+        _rewrite(trainer, objective, statistics, keywords)
+    else:
+        loss = ComputeLoss(objective, statistics=statistics, **keywords)
+        check_trainer(trainer)
+        trainer.compute_loss_func = loss
+    if log_statistics:
+        StatisticsCallback(statistics).add_to(trainer)
+    return statistics
+
+
+def _has_fused_head() -> bool:
+    import trl
+    from packaging.version import Version
+
+    return Version(trl.__version__) >= Version("1.15")
+
+
+def _rewrite(trainer: Any, objective: Any, statistics: RunningStatistics, keywords: dict[str, Any]) -> None:
+    from trl.trainer.utils import add_fused_lm_head
+
+    if trainer.compute_loss_func is not None:
+        raise ValueError(
+            "compute_loss_func: runs the backbone twice in TRL >= 1.15; leave it out, apply replaces it"
+        )
+    for name in keywords:
+        raise TypeError(
+            f"{name}: not a setting of TRL's fused head; use a transformers Trainer with patch_model(model)"
+        )
+    parallelism = getattr(trainer.accelerator, "parallelism_config", None)
+    if parallelism is not None and parallelism.sp_enabled:
+        raise ValueError(
+            "parallelism_config: under DeepSpeed sequence parallelism TRL trains the model's own plain loss; "
+            "use context parallelism, or a transformers Trainer with patch_model(model)"
+        )
+    rewritten = _GatedLogProbs(objective, statistics)
+    model = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
+    if RECORD in vars(model):
+        raise ValueError("trainer: its model has a gated loss already; apply once, without patch_model")
+    add_fused_lm_head(model, outputs=FUSED_OUTPUTS)
+    fused = model.forward
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        outputs = fused(*args, **kwargs)
+        if kwargs.get("fused_lm_head") and self.training and torch.is_grad_enabled():
+            return getattr(self, RECORD)(outputs)
+        return outputs
+
+    forward.__signature__ = inspect.signature(fused)  # type: ignore[attr-defined]
+    setattr(model, RECORD, rewritten)
+    model.forward = types.MethodType(forward, model)
+
+
+class _GatedLogProbs:
+    """Outputs of the fused head, with minus the gated loss where the log-probabilities were."""
+
+    def __init__(self, objective: Any, statistics: RunningStatistics):
+        self.objective = resolve(objective)
+        self.statistics = statistics
+        if self.objective.focus == "max_prob":
+            raise ValueError("objective: TRL's fused head gives no max p; use deft(order=2) or order=1")
+        if not self.objective.detach and self.objective.focus == "collision":
+            raise ValueError(
+                "objective: TRL's sum p^2 carries no gradient, so detach=False cannot be honoured"
+            )
+
+    def __call__(self, outputs: Any) -> Any:
+        logp, mask = outputs.log_probs, outputs.label_mask
+        rows = gated_loss(
+            logp, outputs.log_sum_sq_probs, entropy=outputs.entropy, objective=self.objective, valid=mask
+        )
+        self._record(logp.detach(), outputs)
+        # The model's own loss is left out: what is not there cannot be trained by mistake.
+        return type(outputs)(**{**outputs, "log_probs": -rows, "loss": None})
+
+    def _record(self, logp: Tensor, outputs: Any) -> None:
+        mask = outputs.label_mask
+        collision = outputs.log_sum_sq_probs.exp().masked_fill(~mask, 0.0)
+        entropy = outputs.entropy.detach()
+        mean_prob: Any = self.objective.mean_prob
+        if self.objective.needs_batch:
+            mean_prob = torch.where(mask, logp.exp(), 0.0).sum() / mask.sum().clamp(min=1)
+        fields = {Field.LOGP: logp, Field.COLLISION: collision, Field.ENTROPY: entropy}
+        value = evaluate(self.objective, fields, mean_prob)
+        dropped = outside_band(self.objective, logp.exp()) | ~mask
+        gate, alpha = value.gate.masked_fill(dropped, 0.0), value.alpha.masked_fill(~mask, 0.0)
+        unknown = torch.zeros_like(logp)
+        top1 = outputs.is_top1.bool()
+        self.statistics.update(
+            RowStatistics(logp, unknown, collision, entropy, unknown, top1, alpha, gate), mask
+        )
