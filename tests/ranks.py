@@ -25,9 +25,13 @@ def device() -> str:
 
 def _worker(rank: int, ranks: int, folder: str, cases: Sequence[Callable[[], None]]) -> None:
     torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     nccl = torch.cuda.device_count() >= ranks
     if nccl:
         torch.cuda.set_device(rank)
+    else:
+        # Before Triton is imported, and not in the parent, whose kernels may run on a GPU.
+        os.environ["TRITON_INTERPRET"] = "1"
     store = f"file://{folder}/store"
     dist.init_process_group("nccl" if nccl else "gloo", init_method=store, rank=rank, world_size=ranks)
     for case in cases:
@@ -44,9 +48,6 @@ def _worker(rank: int, ranks: int, folder: str, cases: Sequence[Callable[[], Non
 
 def run(cases: Sequence[Callable[[], None]], ranks: int) -> dict[str, list[str]]:
     """What became of each case on each rank: "passed", the traceback, or that it never came to an end."""
-    if torch.cuda.device_count() < ranks:
-        os.environ["TRITON_INTERPRET"] = "1"
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     with tempfile.TemporaryDirectory() as folder:
         context = mp.spawn(_worker, args=(ranks, folder, cases), nprocs=ranks, join=False)
         done, waited = 0, 0.0
