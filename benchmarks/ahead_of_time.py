@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from deft_kernels import objectives
-from deft_kernels.kernels import launch, row_kernels, table
+from deft_kernels.kernels import call, row_kernels, table
 from deft_kernels.kernels.device import GENERIC, PTX
 from deft_kernels.spec import Spec
 
@@ -44,7 +44,7 @@ OBJECTIVES = {
     "statistics": objectives.of_statistics(),
     "statistics-without-max": objectives.of_statistics(with_max=False),
 }
-KERNELS = ("statistics", "statistics-stored", "finish", "gradient", "fused")
+KERNELS = ("statistics", "statistics-stored", "combine", "finish", "gradient", "fused")
 VOCABULARY = 128256
 
 
@@ -86,11 +86,12 @@ def source(variant: Variant) -> tuple[ASTSource, dict[str, Any]]:
     kernel = {
         "statistics": row_kernels.statistics_kernel,
         "statistics-stored": row_kernels.statistics_kernel,
+        "combine": row_kernels.combine_kernel,
         "finish": row_kernels.finish_kernel,
         "gradient": row_kernels.gradient_kernel,
         "fused": row_kernels.fused_kernel,
     }[variant.kernel]
-    constants: dict[str, Any] = dict(launch.objective_constants(spec))
+    constants: dict[str, Any] = dict(call.objective_constants(spec))
     constants |= {
         "WEIGHTED": "weights" in options,
         "SOFTCAP": spec.softcap > 0,
@@ -107,7 +108,7 @@ def source(variant: Variant) -> tuple[ASTSource, dict[str, Any]]:
         "LOGS": spec.logs,
         "PEAKS": spec.peaks,
     }
-    numbers = ("rows", "loss", "states", "weight_total", "row_scale", "dloss", "upstream")
+    numbers = ("rows", "loss", "states", "weight_total", "row_scale", "dloss", "upstream", "joined")
     pointer = dict.fromkeys(numbers, "*fp32")
     pointer |= {"logits": f"*{variant.dtype}", "dlogits": f"*{variant.dtype}", "labels": "*i64"}
     pointer["class_weight"] = "*fp32"
@@ -134,7 +135,7 @@ def source(variant: Variant) -> tuple[ASTSource, dict[str, Any]]:
                 attributes[(index,)] = [["tt.divisibility", 16]]
         elif name == "inner" or (name in integers - {"vocabulary"} and "ones" in options):
             # Triton specialises on an integer that is 1; `inner` is for ordinary rows, all are at N = V = 1
-            # but the vocabulary (see `launch`).
+            # but the vocabulary (see `call.kernel_for`).
             signature[name] = "constexpr"
             constexprs[(index,)] = 1
         elif name in integers:
@@ -145,8 +146,8 @@ def source(variant: Variant) -> tuple[ASTSource, dict[str, Any]]:
             signature[name] = "fp32"
     compiled = ASTSource(kernel, signature=signature, constexprs=constexprs, attrs=attributes)
     transformed = spec.softcap > 0 or spec.label_smoothing > 0
-    chosen = launch.options(constants["MODE"], transformed)
-    return compiled, {"num_warps": 1 if variant.kernel == "finish" else plan.num_warps, **chosen}
+    chosen = call.options(constants["MODE"], transformed)
+    return compiled, {"num_warps": 1 if variant.kernel in ("combine", "finish") else plan.num_warps, **chosen}
 
 
 def compile_variant(variant: Variant) -> Compiled:

@@ -52,7 +52,7 @@ def assert_lean(records: list[dict]) -> None:
 
 def jobs() -> dict[str, list[tuple[str, ...]]]:
     """The command lines behind each test."""
-    stored, ones = ("statistics-stored", "finish"), ("deft", "deft-max-exact")
+    stored, ones = ("statistics-stored", "combine", "finish"), ("deft", "deft-max-exact")
     found: dict[str, list[tuple[str, ...]]] = {}
     for arch in ARCHITECTURES:
         on = ("--arch", arch, "--dtype")

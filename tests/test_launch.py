@@ -11,7 +11,7 @@ from rows import gradient_excess, loss_excess, make
 from torch import Tensor
 
 from deft_kernels import deft_loss, objectives, row_statistics
-from deft_kernels.kernels import launch, table
+from deft_kernels.kernels import call, table
 from deft_kernels.kernels.table import Launch
 
 # With one warp of bf16 a tile is 256 columns and a turn of the statistics loop 1,024: 3,333 columns are a
@@ -118,9 +118,9 @@ def test_peeling_needs_rows_that_lie_alike() -> None:
     """A hint of alignment that is wrong for one of two tensors would fault on a GPU."""
 
     def peel(logits: Tensor, out: Tensor) -> bool:
-        inner, *own = launch._strides(logits)
-        strides = ((own[0], own[1]), launch._out_strides(out, inner))
-        return launch._peel(8, (logits, out), strides)
+        inner, *own = call.strides_of(logits)
+        strides = ((own[0], own[1]), call.out_strides_of(out, inner))
+        return call.peel(8, (logits, out), strides)
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.bfloat16)
