@@ -28,10 +28,12 @@ from deft_kernels import fused_linear_deft_loss, gated_loss
 TINY = os.environ.get("DEFT_KERNELS_BENCH_TINY", "0") == "1"
 # The promise's shape: a small model's width with a Llama 2 vocabulary; fp32 logits of 131 MB.
 N, D, V = (64, 16, 500) if TINY else (1024, 512, 32000)
-ROUNDS = 2 if TINY else 7
+ROUNDS = 1 if TINY else 9
 IGNORED = (0.0, 0.7)
 # TRL's own tile of the vocabulary (trl.trainer.utils, 1.16).
 TRL_TILE = 32768
+
+EAGER, OURS = "F.linear, F.cross_entropy", "fused_linear_deft_loss"
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -91,11 +93,11 @@ def step(loss: Loss, hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
     loss(hidden, weight, labels).backward()
 
 
-def interleaved(calls: dict[str, Loss], ignored: float) -> dict[str, float]:
+def interleaved(calls: dict[str, Loss], ignored: float, rounds: int) -> dict[str, float]:
     """Median milliseconds of each, taken in turns."""
     tensors = problem(ignored)
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for round_ in range(ROUNDS + 1):
+    for round_ in range(rounds + 1):
         for name, loss in calls.items():
             start = time.perf_counter()
             step(loss, *tensors)
@@ -104,26 +106,34 @@ def interleaved(calls: dict[str, Loss], ignored: float) -> dict[str, float]:
     return {name: median(taken) for name, taken in times.items()}
 
 
-def test_linear_ratio_to_eager(capsys: pytest.CaptureFixture[str]) -> None:
-    found = peers()
-    calls: dict[str, Loss] = {"F.linear, F.cross_entropy": eager, "fused_linear_deft_loss": ours}
-    calls["the same, none"] = recomputed
-    calls |= {name: call for name, call in found.items() if not isinstance(call, str)}
-    ratios = {}
-    for ignored in IGNORED:
-        taken = interleaved(calls, ignored)
-        base = taken["F.linear, F.cross_entropy"]
-        ratios[ignored] = taken["fused_linear_deft_loss"] / base
-        with capsys.disabled():
-            print(f"\n({N}, {D}, {V}) float32, {ignored:.0%} of the rows ignored")
-            for name, milliseconds in taken.items():
-                print(f"  {name:33} {milliseconds:8.1f} ms, ratio {milliseconds / base:.2f}")
-            for name, reason in found.items():
-                if isinstance(reason, str):
-                    print(f"  {name:33} skipped: {reason}")
+def shown(taken: dict[str, float], ignored: float) -> str:
+    base = taken[EAGER]
+    lines = [f"\n({N}, {D}, {V}) float32, {ignored:.0%} of the rows ignored"]
+    lines += [f"  {name:33} {ms:8.1f} ms, ratio {ms / base:.2f}" for name, ms in taken.items()]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(("ignored", "promised"), [(0.0, 1.05), (0.7, 0.45)])
+def test_linear_ratio_to_eager(ignored: float, promised: float, capsys: pytest.CaptureFixture[str]) -> None:
+    taken = interleaved({EAGER: eager, OURS: ours}, ignored, ROUNDS)
+    with capsys.disabled():
+        print(shown(taken, ignored))
     if not TINY:
-        assert ratios[0.0] <= 1.05
-        assert ratios[0.7] <= 0.45
+        assert taken[OURS] <= promised * taken[EAGER]
+
+
+@pytest.mark.parametrize("ignored", IGNORED)
+def test_linear_beside_peers(ignored: float, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is promised of these; fewer rounds, as one of them takes seconds."""
+    calls = {EAGER: eager, OURS: ours, f"{OURS}, none": recomputed}
+    found = peers()
+    calls |= {name: call for name, call in found.items() if not isinstance(call, str)}
+    taken = interleaved(calls, ignored, min(3, ROUNDS))
+    with capsys.disabled():
+        print(shown(taken, ignored))
+        for name, reason in found.items():
+            if isinstance(reason, str):
+                print(f"  {name:33} skipped: {reason}")
 
 
 PEAK = """
@@ -152,7 +162,7 @@ def peak(name: str) -> int:
 
 def test_linear_memory_beyond_the_inputs(capsys: pytest.CaptureFixture[str]) -> None:
     """The gradients count: 64 MiB of weight gradient in each."""
-    taken = {name: peak(name) for name in ("eager", "ours", "recomputed")}
+    taken = {name: peak(name) for name in ("eager", "ours", "recomputed")[: 2 if TINY else 3]}
     with capsys.disabled():
         shown = ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in taken.items())
         print(f"\n({N}, {D}, {V}) float32, peak beyond the inputs: {shown}", end="")
