@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from .checks import refuse_label_smoothing
 from .running import RunningStatistics
-from .transformers import refuse_label_smoothing
 
 
 class StatisticsCallback(TrainerCallback):  # type: ignore[misc]  # transformers is untyped for mypy

@@ -31,12 +31,14 @@ def bare(model: Any, call: str) -> Any:
 
 
 def backbone(model: Any, call: str) -> nn.Module:
-    base = model.base_model
-    if base is model:
-        raise ValueError(
-            f"model: {type(model).__name__} has no backbone of its own below {call}; {OWN_LOGITS}"
-        )
-    return base
+    """What makes the hidden states: `base_model`, or `model` where a class has no prefix of its own."""
+    for part in (model.base_model, getattr(model, "model", None)):
+        if isinstance(part, nn.Module) and part is not model:
+            return part
+    raise ValueError(
+        f"model: {type(model).__name__} has no backbone apart from its head, as {call} needs; use "
+        "transformers.apply(trainer)"
+    )
 
 
 def plain_head(model: Any, call: str) -> nn.Linear:
@@ -84,16 +86,20 @@ class _Outputs:
 
 
 @contextmanager
-def _answering(model: Any, hidden: Tensor) -> Iterator[None]:
-    """While it lasts, the backbone computes nothing and returns `hidden`."""
+def _answering(model: Any, call: str, hidden: Tensor) -> Iterator[None]:
+    """While it lasts, the backbone computes nothing and returns `hidden`, and dropout is on, to show."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    asked = {id(part): part for part in (model.base_model, decoder) if part is not None and part is not model}
+    asked = {id(part): part for part in (backbone(model, call), decoder) if part not in (None, model)}
     before = [(part, vars(part).get("forward")) for part in asked.values()]
+    modes = [(module, module.training) for module in model.modules()]
     for part, _ in before:
         part.forward = lambda *args, **kwargs: _Outputs(hidden)
+    model.train()
     try:
         yield
     finally:
+        for module, training in modes:
+            module.training = training
         for part, forward in before:
             del part.forward
             if forward is not None:
@@ -127,7 +133,7 @@ def logit_transform(model: Any, call: str) -> tuple[float, float | None]:
     }
     ids = torch.zeros(1, ROWS, dtype=torch.long)
     try:
-        with torch.no_grad(), _answering(model, hidden):
+        with torch.no_grad(), _answering(model, call, hidden):
             outputs = torch.func.functional_call(model, replaced, (), {"input_ids": ids, "use_cache": False})
         logits = outputs.logits.double()
         known = logits.shape == product.shape

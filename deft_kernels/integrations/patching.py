@@ -69,7 +69,7 @@ class _OfHidden:
         labels, aligned = call.pop("labels", None), call.pop("shift_labels", None)
         num_items = call.pop("num_items_in_batch", None)
         _refuse(model, call, labels is None and aligned is None)
-        outputs = model.base_model(**call)
+        outputs = heads.backbone(model, "patch_model")(**call)
         head = heads.plain_head(model, "patch_model")
         hidden = outputs.last_hidden_state.to(head.weight.device)
         shift = aligned is None

@@ -17,11 +17,12 @@ from torch import Tensor
 from ..formulas import evaluate, outside_band
 from ..gated import gated_loss
 from ..objectives import Objective, resolve
+from ..parallel import batch_mean
 from ..statistics import Field, RowStatistics
+from .checks import check_trainer, refuse_label_smoothing
 from .logits import ComputeLoss
 from .patching import RECORD
 from .running import RunningStatistics
-from .transformers import check_trainer, refuse_label_smoothing
 
 FUSED_OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "is_top1")
 
@@ -145,7 +146,7 @@ class _GatedLogProbs:
         entropy = outputs.entropy.detach()
         mean_prob: Any = self.objective.mean_prob
         if self.objective.needs_batch:
-            mean_prob = torch.where(mask, logp.exp(), 0.0).sum() / mask.sum().clamp(min=1)
+            mean_prob = batch_mean(logp, mask, self.objective.batch_group)
         fields = {Field.LOGP: logp, Field.COLLISION: collision, Field.ENTROPY: entropy}
         value = evaluate(self.objective, fields, mean_prob)
         dropped = outside_band(self.objective, logp.exp()) | ~mask

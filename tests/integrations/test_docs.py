@@ -1,0 +1,80 @@
+"""The lines in docs/integrations are run as they stand; only what they take as given is made here."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_liger import FUSED
+from test_trl import TEXTS, prepared, tokenizer  # noqa: F401  # the fixture
+from tiny import arguments, batch, examples, llama, losses, oracle
+from transformers import Trainer
+
+from deft_kernels import deft_loss
+
+PAGES = Path(__file__).parents[2] / "docs" / "integrations"
+
+
+def blocks(page: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", (PAGES / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def run(code: str, given: dict[str, Any]) -> dict[str, Any]:
+    exec(compile(code, "a page's lines", "exec"), given)
+    return given
+
+
+@pytest.mark.parametrize("index", range(len(blocks("transformers.md"))))
+def test_transformers(index, tmp_path):
+    given = {"Trainer": Trainer, "model": llama(), "args": arguments(tmp_path), "dataset": examples()}
+    trainer = run(blocks("transformers.md")[index], given)["trainer"]
+    assert losses(trainer)[0] == pytest.approx(oracle(llama(), batch()), rel=1e-5)
+    assert len(losses(trainer)) == 3
+
+
+@pytest.mark.parametrize("index", range(len(blocks("trl.md"))))
+def test_trl(index, tmp_path, tokenizer):  # noqa: F811
+    from datasets import Dataset
+    from trl import SFTTrainer
+
+    like = prepared(tmp_path, tokenizer)
+    rows = next(iter(like.get_train_dataloader()))
+    given = {"SFTTrainer": SFTTrainer, "model": llama(), "args": like.args, "tokenizer": tokenizer}
+    trainer = run(blocks("trl.md")[index], {**given, "dataset": Dataset.from_list(TEXTS)})["trainer"]
+    assert losses(trainer)[0] == pytest.approx(oracle(llama(), rows), rel=1e-5)
+
+
+@pytest.mark.parametrize("index", range(len(blocks("liger.md"))))
+def test_liger(index, tmp_path):
+    given = {
+        "Trainer": Trainer,
+        "model": llama(),
+        "args": arguments(tmp_path, **FUSED),
+        "dataset": examples(),
+    }
+    trainer = run(blocks("liger.md")[index], given)["trainer"]
+    assert losses(trainer)[0] == pytest.approx(oracle(llama(), batch()), rel=1e-5)
+
+
+@pytest.mark.parametrize("index", range(len(blocks("moving.md"))))
+def test_moving(index):
+    logits = (3 * torch.randn(9, 20, dtype=torch.float64)).requires_grad_()
+    given = {"F": F, "math": math, "deft_loss": deft_loss, "logits": logits}
+    results = run(blocks("moving.md")[index], {**given, "labels": torch.randint(0, 20, (9,))})
+    gradients = [torch.autograd.grad(results[name], logits)[0] for name in ("theirs", "ours")]
+    torch.testing.assert_close(results["ours"], results["theirs"])
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_the_pages_have_lines_to_run():
+    assert [len(blocks(page)) for page in ("transformers.md", "trl.md", "liger.md", "moving.md")] == [
+        4,
+        1,
+        1,
+        4,
+    ]
