@@ -8,8 +8,8 @@ from torch import Tensor
 from .parallel import Shard, total
 
 HALF = (torch.bfloat16, torch.float16)
-# What a CPU widens to fp32 at a time, in elements: 4 MiB of fp32. Slices a quarter and four times as long took the
-# same time (docs/linear.md).
+# What a CPU widens to fp32 at a time, in elements: 4 MiB of fp32. Slices of a quarter and of four times the
+# length took the same time (docs/linear.md).
 SLICE_ELEMENTS = 2**20
 
 
