@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -16,8 +17,9 @@ from .statistics import RowStatistics
 
 
 def is_dtensor(tensor: Any) -> bool:
-    """Told by its method: importing the class takes a good part of a second."""
-    return hasattr(tensor, "full_tensor")
+    """Without importing the class, which takes a good part of a second: who has one has imported it."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 class _Layout:

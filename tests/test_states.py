@@ -16,7 +16,7 @@ from deft_kernels.states import identity, state_size
 from deft_kernels.statistics import Field
 
 # Three parts, the last narrower than a warp's first tile of fp32 logits (128 columns).
-V, WIDTHS = 1300, (640, 600, 60)
+V, WIDTHS = 656, (320, 300, 36)
 SPECS = {
     "five numbers": Spec(objectives.deft()),
     "entropy": Spec(objectives.eaft(), statistics=True),
@@ -42,7 +42,7 @@ def case(name: str, backend: str, device: str) -> tuple[Tensor, Tensor, Spec]:
         k: getattr(SPECS[name], k) for k in ("objective", "label_smoothing", "temperature", "statistics")
     }
     logits, labels = make("peaked", 3, V, torch.float32)
-    logits[1, [5, 700, 1299]] = logits[1].max() + 1  # one largest logit in each part
+    logits[1, [5, 400, 655]] = logits[1].max() + 1  # one largest logit in each part
     return logits.to(device), labels.to(device), Spec(**fields, backend=backend)
 
 
