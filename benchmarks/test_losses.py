@@ -58,9 +58,15 @@ elif DEVICE.type == "cuda":
 else:
     CASES, ROUNDS, SECONDS = cpu_cases(), (5, 9), 6.0
 PARTICIPANTS = [contestant for contestant in CONTESTANTS if not contestant.repeats(DEVICE)]
-PAIRS = [(case, contestant) for case in CASES for contestant in PARTICIPANTS]
-if TINY:  # compiling takes seconds a case: the first training step stands for all
-    PAIRS = [(case, c) for case, c in PAIRS if "compiled" not in c.name or case == CASES[2]]
+# Compiling takes seconds a case, so only the first training step of a vocabulary and dtype is compiled for.
+STEPS = [case for case in reversed(CASES) if case.phase == "both" and not (TINY and case.dtype == BF16)]
+FIRST = {(case.vocabulary, case.dtype): case for case in STEPS}
+PAIRS = [
+    (case, contestant)
+    for case in CASES
+    for contestant in PARTICIPANTS
+    if "compiled" not in contestant.name or case in FIRST.values()
+]
 
 _replayed: list[float] = []
 _now = 0.0
