@@ -28,7 +28,7 @@ class Sharded:
         self, logits: Tensor, labels: Tensor, class_weight: Tensor | None, ignore_index: int, spec: Spec
     ) -> tuple[Tensor, Tensor]:
         width = logits.shape[-1]
-        # An ignored row keeps a number of its own: counted from `start`, a label may become ignore_index.
+        # Ignored rows are not read; under a number of their own, as ignore_index may be a column here.
         local = self._local(labels, width).where(labels != ignore_index, -1)
         if width == 0:
             dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
