@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +15,36 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 class Records:
-    def __init__(self) -> None:
+    """What was measured, written after each: a run that is cut short keeps what it has."""
+
+    def __init__(self, path: str | None) -> None:
+        self.path = Path(path) if path else None
         self.kept: list[dict[str, Any]] = []
         self.skipped: dict[str, str] = {}
+        self.before = machine.described() if path else {}
+
+    def keep(self, record: dict[str, Any]) -> None:
+        self.kept.append(record)
+        if self.path is not None:
+            whole = self.before | {
+                "load_after": machine.load(),
+                "skipped": self.skipped,
+                "records": self.kept,
+            }
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps(whole, indent=1) + "\n")
 
 
 KEY = pytest.StashKey[Records]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[KEY] = Records()
+    config.stash[KEY] = Records(config.getoption("--records"))
 
 
 @pytest.fixture(scope="session")
-def records(request: pytest.FixtureRequest) -> Iterator[Records]:
-    kept = request.config.stash[KEY]
-    before = machine.described()
-    yield kept
-    path = request.config.getoption("--records")
-    if path and kept.kept:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        whole = before | {"load_after": machine.load(), "skipped": kept.skipped, "records": kept.kept}
-        Path(path).write_text(json.dumps(whole, indent=1) + "\n")
+def records(request: pytest.FixtureRequest) -> Records:
+    return request.config.stash[KEY]
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

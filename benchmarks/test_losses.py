@@ -141,7 +141,7 @@ def test_loss(benchmark: Any, case: Case, contestant: Contestant, measured: Any,
         "ours": contestant.ours,
     }  # fmt: skip
     record = description | found.record(case, contestant.streams(case.phase, DEVICE))
-    records.kept.append(record)
+    records.keep(record)
     if found.failure is not None:
         pytest.skip(f"{contestant.name}: {found.failure}")
     benchmark.extra_info |= record
