@@ -3,6 +3,11 @@
 import os
 
 import pytest
+
+# Side by side, processes with threads of their own wait for each other at every join.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
