@@ -41,6 +41,12 @@ def backbone(model: Any, call: str) -> nn.Module:
     )
 
 
+def innermost(model: Any, call: str) -> nn.Module:
+    """What every forward runs: the decoder, which OPT's forward calls past the backbone around it."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    return decoder if isinstance(decoder, nn.Module) and decoder is not model else backbone(model, call)
+
+
 def plain_head(model: Any, call: str) -> nn.Linear:
     """The output embeddings, if they are a matrix and nothing else; ValueError with the remedy if not."""
     head = model.get_output_embeddings()
@@ -88,8 +94,7 @@ class _Outputs:
 @contextmanager
 def _answering(model: Any, call: str, hidden: Tensor) -> Iterator[None]:
     """While it lasts, the backbone computes nothing and returns `hidden`, and dropout is on, to show."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    asked = {id(part): part for part in (backbone(model, call), decoder) if part not in (None, model)}
+    asked = {id(part): part for part in (backbone(model, call), innermost(model, call))}
     before = [(part, vars(part).get("forward")) for part in asked.values()]
     modes = [(module, module.training) for module in model.modules()]
     for part, _ in before:

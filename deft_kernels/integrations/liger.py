@@ -62,7 +62,7 @@ def install(
     if model is not None:
         bare = heads.bare(model, "liger.install")
         heads.plain_head(bare, "liger.install")
-        watch = Watch(heads.backbone(bare, "liger.install"), "liger.install")
+        watch = Watch(heads.innermost(bare, "liger.install"), "liger.install")
         _watches.append(watch)
     replacement = _Replacement(objective, statistics, watch, keywords)
     setattr(functional, NAME, replacement)
@@ -123,24 +123,22 @@ class _Replacement:
         for name, (asked, remedy) in refused.items():
             if asked:
                 raise ValueError(f"{name}: not available with the gated loss: {remedy}")
-        loss, stats = fused_linear_deft_loss(
-            input,
-            weight,
-            target,
-            bias,
-            objective=self.objective,
-            class_weight=ce_weight,
-            ignore_index=ignore_index,
-            z_loss=lse_square_scale,
-            label_smoothing=label_smoothing,
-            reduction=reduction,
-            softcap=softcap,
-            return_stats=True,
-            **self.keywords,
-        )
-        valid = target != ignore_index
         if self.watch is not None:
             self.watch.seen()
+        keywords: dict[str, Any] = {
+            **self.keywords,
+            "objective": self.objective,
+            "class_weight": ce_weight,
+            "ignore_index": ignore_index,
+            "z_loss": lse_square_scale,
+            "label_smoothing": label_smoothing,
+            "reduction": reduction,
+            "softcap": softcap,
+        }
+        if self.statistics is None and not return_token_accuracy:
+            return fused_linear_deft_loss(input, weight, target, bias, **keywords)
+        loss, stats = fused_linear_deft_loss(input, weight, target, bias, return_stats=True, **keywords)
+        valid = target != ignore_index
         if self.statistics is not None:
             self.statistics.update(stats, valid)
         if not return_token_accuracy:

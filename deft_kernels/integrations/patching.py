@@ -40,7 +40,7 @@ def set_loss_function(
     loss = ForCausalLM(objective, statistics=statistics, **keywords)
     bare = heads.bare(model, "set_loss_function")
     _unpatched(bare)
-    loss.watch = Watch(heads.backbone(bare, "set_loss_function"), "set_loss_function")
+    loss.watch = Watch(heads.innermost(bare, "set_loss_function"), "set_loss_function")
     bare.loss_function = loss
     setattr(bare, RECORD, loss)
 
@@ -60,7 +60,7 @@ class _OfHidden:
         self.scale, self.softcap = heads.logit_transform(model, "patch_model")
         parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
         self.names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-        self.watch = Watch(heads.backbone(model, "patch_model"), "patch_model")
+        self.watch = Watch(heads.innermost(model, "patch_model"), "patch_model")
 
     def __call__(self, model: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         from transformers.modeling_outputs import CausalLMOutputWithPast

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 class Watch:
     """Hooks a model's backbone, which every route to a loss runs, whatever replaces the model's forward.
 
-    The loss calls `seen`. A gradient that reaches the backbone's output without it, or, under torch.compile,
-    a second training forward, raises: something has taken the gated loss's place.
+    The loss calls `seen`. A gradient that reaches the backbone's output without it raises: something has
+    taken the gated loss's place. Under torch.compile, and with a frozen backbone, a second training forward
+    does.
     """
 
     def __init__(self, backbone: nn.Module, call: str):
@@ -29,13 +30,12 @@ class Watch:
     def _started(self, module: nn.Module, _args: Any, output: Any) -> None:
         if not (module.training and torch.is_grad_enabled()):
             return
-        if torch.compiler.is_compiling():
-            # A hook on a tensor would break the graph.
-            self._check()
+        hidden = output if isinstance(output, Tensor) else output[0]
+        if hidden.requires_grad and not torch.compiler.is_compiling():
+            hidden.register_hook(self._reached)
         else:
-            hidden = output if isinstance(output, Tensor) else output[0]
-            if hidden.requires_grad:
-                hidden.register_hook(self._reached)
+            # A hook on a tensor would break a graph, and needs a gradient to come by.
+            self._check()
         self.pending = True
 
     def _reached(self, _gradient: Tensor) -> None:

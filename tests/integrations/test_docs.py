@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from pages import blocks, run_block
 from test_liger import FUSED
 from test_trl import TEXTS, prepared, tokenizer  # noqa: F401  # the fixture
 from tiny import arguments, batch, examples, llama, losses, oracle
@@ -17,27 +15,16 @@ from transformers import Trainer
 
 from deft_kernels import deft_loss
 
-PAGES = Path(__file__).parents[2] / "docs" / "integrations"
 
-
-def blocks(page: str) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", (PAGES / page).read_text(), flags=re.MULTILINE | re.DOTALL)
-
-
-def run(code: str, given: dict[str, Any]) -> dict[str, Any]:
-    exec(compile(code, "a page's lines", "exec"), given)
-    return given
-
-
-@pytest.mark.parametrize("index", range(len(blocks("transformers.md"))))
+@pytest.mark.parametrize("index", range(len(blocks("transformers"))))
 def test_transformers(index, tmp_path):
     given = {"Trainer": Trainer, "model": llama(), "args": arguments(tmp_path), "dataset": examples()}
-    trainer = run(blocks("transformers.md")[index], given)["trainer"]
+    trainer = run_block("transformers", index, given)["trainer"]
     assert losses(trainer)[0] == pytest.approx(oracle(llama(), batch()), rel=1e-5)
     assert len(losses(trainer)) == 3
 
 
-@pytest.mark.parametrize("index", range(len(blocks("trl.md"))))
+@pytest.mark.parametrize("index", range(len(blocks("trl"))))
 def test_trl(index, tmp_path, tokenizer):  # noqa: F811
     from datasets import Dataset
     from trl import SFTTrainer
@@ -45,11 +32,11 @@ def test_trl(index, tmp_path, tokenizer):  # noqa: F811
     like = prepared(tmp_path, tokenizer)
     rows = next(iter(like.get_train_dataloader()))
     given = {"SFTTrainer": SFTTrainer, "model": llama(), "args": like.args, "tokenizer": tokenizer}
-    trainer = run(blocks("trl.md")[index], {**given, "dataset": Dataset.from_list(TEXTS)})["trainer"]
+    trainer = run_block("trl", index, {**given, "dataset": Dataset.from_list(TEXTS)})["trainer"]
     assert losses(trainer)[0] == pytest.approx(oracle(llama(), rows), rel=1e-5)
 
 
-@pytest.mark.parametrize("index", range(len(blocks("liger.md"))))
+@pytest.mark.parametrize("index", range(len(blocks("liger"))))
 def test_liger(index, tmp_path):
     given = {
         "Trainer": Trainer,
@@ -57,22 +44,22 @@ def test_liger(index, tmp_path):
         "args": arguments(tmp_path, **FUSED),
         "dataset": examples(),
     }
-    trainer = run(blocks("liger.md")[index], given)["trainer"]
+    trainer = run_block("liger", index, given)["trainer"]
     assert losses(trainer)[0] == pytest.approx(oracle(llama(), batch()), rel=1e-5)
 
 
-@pytest.mark.parametrize("index", range(len(blocks("moving.md"))))
+@pytest.mark.parametrize("index", range(len(blocks("moving"))))
 def test_moving(index):
     logits = (3 * torch.randn(9, 20, dtype=torch.float64)).requires_grad_()
     given = {"F": F, "math": math, "deft_loss": deft_loss, "logits": logits}
-    results = run(blocks("moving.md")[index], {**given, "labels": torch.randint(0, 20, (9,))})
+    results = run_block("moving", index, {**given, "labels": torch.randint(0, 20, (9,))})
     gradients = [torch.autograd.grad(results[name], logits)[0] for name in ("theirs", "ours")]
     torch.testing.assert_close(results["ours"], results["theirs"])
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
 def test_the_pages_have_lines_to_run():
-    assert [len(blocks(page)) for page in ("transformers.md", "trl.md", "liger.md", "moving.md")] == [
+    assert [len(blocks(page)) for page in ("transformers", "trl", "liger", "moving")] == [
         4,
         1,
         1,

@@ -308,6 +308,16 @@ class TestRefusals:
             run.train()
         assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
+    def test_a_frozen_backbone_is_watched_too(self, tmp_path):
+        model = llama()
+        model.model.requires_grad_(False)
+        integration.set_loss_function(model)
+        with pytest.raises(RuntimeError, match="went past the gated loss"):
+            trainer(tmp_path, model, label_smoothing_factor=0.1).train()
+        integration.unpatch_model(model)
+        integration.patch_model(model)
+        trainer(tmp_path, model).train()
+
     def test_a_loss_that_is_never_called(self, tmp_path):
         run = trainer(tmp_path, llama())
         StatisticsCallback(RunningStatistics()).add_to(run)
