@@ -108,7 +108,7 @@ def measured(request: pytest.FixtureRequest, records: Any) -> Any:
     selected: dict[Case, list[Contestant]] = {}
     for item in request.session.items:
         params = getattr(getattr(item, "callspec", None), "params", {})
-        if "contestant" in params:
+        if "case" in params:
             selected.setdefault(params["case"], []).append(params["contestant"])
 
     def of(case: Case) -> dict[str, Measured]:
