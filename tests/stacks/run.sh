@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Makes a virtual environment with one stack, as far as its loss needs it, and runs that stack's tests on the CPU:
+#
+#     tests/stacks/run.sh STACK [FOLDER]        llamafactory, axolotl, torchtitan, verl, megatron or nemo
+#
+# The stacks' own pins contradict each other, and some bring gigabytes of CUDA packages; so each has an environment
+# of its own, torch comes first in the tested version, and the stack without its dependencies.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+stack=${1:?usage: tests/stacks/run.sh STACK [FOLDER]}
+folder=${2:-$(mktemp -d)/$stack}
+
+case $stack in
+    torchtitan)
+        package="torchtitan==0.3.0"
+        needs=(torchdata tyro einops tokenizers "datasets<4.8" pillow tensorboard torch_checkpointing spmd_types==0.2.3)
+        ;;
+    megatron)
+        package="megatron-core==0.16.1"
+        needs=(packaging)
+        ;;
+    *)
+        echo "unknown stack: $stack" >&2
+        exit 2
+        ;;
+esac
+
+python3 -m venv "$folder"
+pip=("$folder/bin/python" -m pip install -q)
+"${pip[@]}" "$(grep '^torch==' constraints.txt)" "$(grep '^triton==' constraints.txt)" numpy pytest
+"${pip[@]}" -c <(grep -E '^(torch|triton)==' constraints.txt) "${needs[@]}"
+"${pip[@]}" --no-deps "$package" -e .
+OMP_NUM_THREADS=1 "$folder/bin/python" -m pytest -q "tests/stacks/test_$stack.py"
