@@ -16,6 +16,14 @@ case $stack in
         package="torchtitan==0.3.0"
         needs=(torchdata tyro einops tokenizers "datasets<4.8" pillow tensorboard torch_checkpointing spmd_types==0.2.3)
         ;;
+    llamafactory)
+        package="llamafactory==0.9.5"
+        needs=(transformers==5.5.4 trl==0.24.0 peft==0.18.1 accelerate==1.11.0 datasets==4.0.0 omegaconf fire einops)
+        ;;
+    nemo)
+        package="nemo-automodel==0.7.0"
+        needs=(transformers==5.18.0 pyyaml)
+        ;;
     megatron)
         package="megatron-core==0.16.1"
         needs=(packaging)
@@ -31,4 +39,9 @@ pip=("$folder/bin/python" -m pip install -q)
 "${pip[@]}" "$(grep '^torch==' constraints.txt)" "$(grep '^triton==' constraints.txt)" numpy pytest
 "${pip[@]}" -c <(grep -E '^(torch|triton)==' constraints.txt) "${needs[@]}"
 "${pip[@]}" --no-deps "$package" -e .
+if [[ $stack == llamafactory ]]; then
+    # It imports torchaudio, whose compiled library wants CUDA; without the library the import goes well.
+    "${pip[@]}" --no-deps torchaudio
+    rm -f "$folder"/lib/python3*/site-packages/torchaudio/lib/*.so
+fi
 OMP_NUM_THREADS=1 "$folder/bin/python" -m pytest -q "tests/stacks/test_$stack.py"

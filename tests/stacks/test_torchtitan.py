@@ -1,4 +1,4 @@
-"""The loss classes of torchtitan: alone, compiled, in chunks, and on two ranks (this file is their script)."""
+"""The loss classes of torchtitan: alone, compiled, in chunks, on two ranks (this file is their script)."""
 
 from __future__ import annotations
 
