@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 # Seconds without a case coming to an end before all are given up: a rank that waits for one that failed.
-PATIENCE = 90
+PATIENCE = 600
 
 
 def device() -> str:
