@@ -37,8 +37,8 @@ COMPILED = """\
 
 Counted, not timed: kernels compiled ahead of time and disassembled, V = 128,256, by
 `python benchmarks/sass_report.py --dtype bf16 fp32 --objective deft eaft deft-shannon-exact --kernel
-statistics gradient fused --json > benchmarks/results/compiled/sass.json`. While an H200 reads one bf16 logit at
-full bandwidth it can issue about 15 instructions.
+statistics gradient fused --json > benchmarks/results/compiled/sass.json`. While an H200 reads one bf16
+logit at full bandwidth it can issue about 15 instructions.
 """
 
 
