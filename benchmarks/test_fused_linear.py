@@ -65,7 +65,7 @@ def peers() -> dict[str, Loss | str]:
         found["F.linear_cross_entropy, chunked"] = f"needs torch 2.13, this is {torch.__version__}"
     try:
         from trl.kernels import ChunkedLogProbFunction
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # the second where one of trl's own imports is missing
         found["TRL chunked log-prob head, deft"] = f"not installed ({error})"
     else:
 
