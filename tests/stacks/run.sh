@@ -24,6 +24,16 @@ case $stack in
         package="nemo-automodel==0.7.0"
         needs=(transformers==5.18.0 pyyaml)
         ;;
+    axolotl)
+        # Its import needs most of what it pins; torch stays the one that is there.
+        package="axolotl==0.19.0"
+        needs=(axolotl==0.19.0)
+        ;;
+    verl)
+        package="verl==0.9.1"
+        needs=(accelerate codetiming "transformers>=5.5.3,<5.11" peft "tensordict>=0.8,<=0.10,!=0.9.0" hydra-core)
+        needs+=(torchdata pandas pyarrow ray pylatexenc tensorboard datasets uvicorn fastapi)
+        ;;
     megatron)
         package="megatron-core==0.16.1"
         needs=(packaging)
