@@ -31,7 +31,7 @@ REFUSED = {
 }
 
 
-class DeftArgs(BaseModel):
+class DeftArgs(BaseModel):  # type: ignore[misc]  # pydantic may be absent where mypy runs
     """The keys that the plugin adds to Axolotl's YAML.
 
     deft_objective: a name of `deft_kernels.objectives`.  deft_objective_args: its arguments, as alpha of
@@ -44,7 +44,7 @@ class DeftArgs(BaseModel):
     deft_without_logits: bool = False
     deft_log_statistics: bool = True
 
-    @model_validator(mode="before")
+    @model_validator(mode="before")  # type: ignore[untyped-decorator]
     @classmethod
     def check_deft(cls, data: Any) -> Any:
         for key in data:
