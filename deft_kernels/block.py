@@ -12,7 +12,7 @@ from .spec import Spec
 from .states import LARGEST_OFFSET, bounded, offset_of, statistics_of
 from .statistics import Field, Fields
 
-# Elements in a block: one fp32 buffer of 8 MiB and a quarter of one, or where passes need two whole ones (the
+# Elements in a block: one fp32 buffer of 8 MiB, or where passes need two (the
 # entropy, soft-capped logits, exact gates) two of 4 MiB. Ratios to F.cross_entropy for 2^19 to 2^21 are in
 # docs/cpu.md: larger blocks spread the cost of the row arithmetic, smaller ones sit in a nearer cache.
 BLOCK_ELEMENTS = 2**21
