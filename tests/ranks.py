@@ -23,10 +23,10 @@ def device() -> str:
     return "cuda" if dist.get_backend() == "nccl" else "cpu"
 
 
-def _worker(rank: int, ranks: int, folder: str, cases: Sequence[Callable[[], None]]) -> None:
+def _worker(rank: int, ranks: int, folder: str, cases: Sequence[Callable[[], None]], gpus: bool) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    nccl = torch.cuda.device_count() >= ranks
+    nccl = gpus and torch.cuda.device_count() >= ranks
     if nccl:
         torch.cuda.set_device(rank)
     else:
@@ -46,10 +46,13 @@ def _worker(rank: int, ranks: int, folder: str, cases: Sequence[Callable[[], Non
     dist.destroy_process_group()
 
 
-def run(cases: Sequence[Callable[[], None]], ranks: int) -> dict[str, list[str]]:
-    """What became of each case on each rank: "passed", the traceback, or that it never came to an end."""
+def run(cases: Sequence[Callable[[], None]], ranks: int, gpus: bool = True) -> dict[str, list[str]]:
+    """What became of each case on each rank: "passed", the traceback, or that it never came to an end.
+
+    gpus: False for cases whose tensors are on the CPU wherever they run.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.spawn(_worker, args=(ranks, folder, cases), nprocs=ranks, join=False)
+        context = mp.spawn(_worker, args=(ranks, folder, cases, gpus), nprocs=ranks, join=False)
         done, waited = 0, 0.0
         while not context.join(timeout=2):
             finished = len(list(Path(folder).iterdir()))

@@ -6,14 +6,12 @@ All cases share one pair of processes (gloo, CPU), as starting PyTorch takes sec
 from __future__ import annotations
 
 import copy
-import os
-import traceback
-from pathlib import Path
+from functools import cache
 
 import pytest
+import ranks
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from deft_kernels import fused_linear_deft_loss
@@ -168,39 +166,12 @@ CASES = (
 )
 
 
-def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
-    for case in CASES:
-        outcome = "passed"
-        try:
-            case()
-        except BaseException:
-            outcome = traceback.format_exc()
-        Path(folder, f"{case.__name__}.{rank}").write_text(outcome)
-        dist.barrier()
-    dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("ranks")
-    # A rank that waits for one that failed must not wait for long.
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    context = mp.spawn(worker, args=(str(folder),), nprocs=RANKS, join=False)
-    waited = 0
-    while not context.join(timeout=5):
-        waited += 5
-        if waited >= 120:
-            for process in context.processes:
-                process.kill()
-            break
-    return folder
+@cache
+def outcomes() -> dict[str, list[str]]:
+    return ranks.run(CASES, RANKS, gpus=False)
 
 
 @pytest.mark.parametrize("case", [case.__name__ for case in CASES])
-def test_in_two_processes(case, outcomes):
-    for rank in range(RANKS):
-        report = outcomes / f"{case}.{rank}"
-        assert report.exists(), f"rank {rank} never came to an end: it hangs in this case or an earlier one"
-        assert report.read_text() == "passed", f"rank {rank}: {report.read_text()}"
+def test_in_two_processes(case):
+    for rank, outcome in enumerate(outcomes()[case]):
+        assert outcome == "passed", f"rank {rank}: {outcome}"
