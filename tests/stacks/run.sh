@@ -54,4 +54,4 @@ if [[ $stack == llamafactory ]]; then
     "${pip[@]}" --no-deps torchaudio
     rm -f "$folder"/lib/python3*/site-packages/torchaudio/lib/*.so
 fi
-OMP_NUM_THREADS=1 "$folder/bin/python" -m pytest -q "tests/stacks/test_$stack.py"
+OMP_NUM_THREADS=1 "$folder/bin/python" -m pytest -q "tests/stacks/test_$stack"*.py
