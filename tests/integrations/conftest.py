@@ -11,6 +11,13 @@ import pytest
 import torch
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    help = (
+        "of torch.compile; aot_eager has Dynamo and autograd's tracing, inductor half a minute of C++ a route"
+    )
+    parser.addoption("--compile-backend", default="aot_eager", help=help)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

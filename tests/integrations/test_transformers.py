@@ -155,10 +155,9 @@ def test_lora(route, tmp_path):
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_torch_compile(route, tmp_path):
-    """aot_eager: Dynamo and autograd's tracing, without half a minute of C++."""
+def test_torch_compile(route, tmp_path, pytestconfig):
     eager = prepared(route, tmp_path, llama(num_hidden_layers=1))
-    settings = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    settings = {"torch_compile": True, "torch_compile_backend": pytestconfig.getoption("compile_backend")}
     compiled = prepared(route, tmp_path, llama(num_hidden_layers=1), **settings)
     eager.train(), compiled.train()
     assert losses(compiled) == pytest.approx(losses(eager), rel=1e-5)
