@@ -1,4 +1,4 @@
-"""A patched model on two ranks (gloo, CPU): DDP, FSDP2, LoRA under both, and the trainer itself.
+"""Two ranks (gloo, CPU): a patched model under DDP, FSDP2, LoRA under both; each route through its trainer.
 
 All cases share one pair of processes, as importing the stacks takes seconds; each is reported apart.
 """
@@ -14,12 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_liger
+import test_trl
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from tiny import batch, examples, llama, losses, oracle, parameters, trainer
 from torch import Tensor, nn
+from transformers import Trainer
 
+from deft_kernels.integrations import liger, trl
 from deft_kernels.integrations.callback import StatisticsCallback
 from deft_kernels.integrations.running import RunningStatistics
 from deft_kernels.integrations.transformers import apply, patch_model, set_loss_function
@@ -123,26 +127,45 @@ def fsdp2_checkpointed() -> None:
     agree(sharded(model), whole, batch())
 
 
-def trained_by_two_ranks(route: str) -> None:
-    """Two ranks with 4 rows each train as one process with 8; the logged means are over both."""
-    model = llama()
-    expected, plain = oracle(model, batch()), oracle(model, batch(), "nll")
+def made(route: str, folder: Path, model: Any, **settings: Any) -> Trainer:
+    """A trainer of the model with the gated loss by one of the routes, and its statistics logged."""
+    if route == "trl":
+        run = test_trl.prepared(folder, test_trl.trained_tokenizer(), model, **settings)
+        trl.apply(run)
+        return run
+    if route == "compute_loss_func":
+        run = trainer(folder, model, **settings)
+        apply(run)
+        return run
     statistics = RunningStatistics()
-    if route == "patch_model":
-        patch_model(model, statistics=statistics)
-    elif route == "loss_function":
-        set_loss_function(model, statistics=statistics)
-    with tempfile.TemporaryDirectory() as folder:
-        run = trainer(Path(folder), model, per_device_train_batch_size=4, max_steps=2, ddp_backend="gloo")
-        if route == "compute_loss_func":
-            apply(run)
-        else:
-            StatisticsCallback(statistics).add_to(run)
-        assert run.args.world_size == RANKS
-        run.train()
-    assert losses(run)[0] == pytest.approx(expected, rel=1e-5)
-    assert losses(run, "nll")[0] == pytest.approx(plain, rel=1e-5)
-    torch.save(parameters(model), f"{os.environ['DEFT_TEST_FOLDER']}/{route}.{dist.get_rank()}.pt")
+    if route == "liger":
+        settings |= test_liger.FUSED
+        liger.install(model=model, statistics=statistics)
+    else:
+        {"patch_model": patch_model, "loss_function": set_loss_function}[route](model, statistics=statistics)
+    run = trainer(folder, model, **settings)
+    StatisticsCallback(statistics).add_to(run)
+    return run
+
+
+def trained(route: str, **settings: Any) -> tuple[list[float], list[float], dict[str, Tensor]]:
+    """Losses, plain losses and parameters after two steps."""
+    model = llama()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            run = made(route, Path(folder), model, max_steps=2, **settings)
+            run.train()
+    finally:
+        if route == "liger":
+            liger.uninstall()
+    assert run.args.world_size == (dist.get_world_size() if dist.is_initialized() else 1)
+    return losses(run), losses(run, "nll"), parameters(model)
+
+
+def trained_by_two_ranks(route: str) -> None:
+    """Two ranks with 4 rows each, for `test_two_ranks_train_as_one_process`."""
+    found = trained(route, per_device_train_batch_size=4, ddp_backend="gloo")
+    torch.save(found, f"{os.environ['DEFT_TEST_FOLDER']}/{route}.{dist.get_rank()}.pt")
 
 
 def trainer_patch_model() -> None:
@@ -157,6 +180,14 @@ def trainer_compute_loss_func() -> None:
     trained_by_two_ranks("compute_loss_func")
 
 
+def trainer_trl() -> None:
+    trained_by_two_ranks("trl")
+
+
+def trainer_liger() -> None:
+    trained_by_two_ranks("liger")
+
+
 CASES = (
     ddp,
     ddp_lora,
@@ -169,6 +200,8 @@ CASES = (
     trainer_patch_model,
     trainer_loss_function,
     trainer_compute_loss_func,
+    trainer_trl,
+    trainer_liger,
 )
 
 
@@ -215,18 +248,15 @@ def test_on_two_ranks(case, outcomes):
         assert report.read_text() == "passed", f"rank {rank}: {report.read_text()}"
 
 
-@pytest.mark.parametrize("route", ["patch_model", "loss_function", "compute_loss_func"])
-def test_two_ranks_train_as_one_process(route, outcomes, tmp_path):
-    # The ranks take every other batch of 4, so their first 8 rows are those of one batch of 8.
-    model = llama()
-    if route != "compute_loss_func":
-        (patch_model if route == "patch_model" else set_loss_function)(model)
-    run = trainer(tmp_path, model, max_steps=2)
-    if route == "compute_loss_func":
-        apply(run)
-    run.train()
-    wanted = parameters(model)
+@pytest.mark.parametrize("route", ["patch_model", "loss_function", "compute_loss_func", "trl", "liger"])
+def test_two_ranks_train_as_one_process(route, outcomes):
+    """The ranks take every other batch of 4, so their first 8 rows are those of one batch of 8."""
+    means, plain, end = trained(route)
+    if route != "trl":  # whose batches are padded: test_trl.py asks the oracle
+        assert means[0] == pytest.approx(oracle(llama(), batch()), rel=1e-5)
     for rank in range(RANKS):
-        for name, parameter in torch.load(outcomes / f"{route}.{rank}.pt").items():
-            torch.testing.assert_close(parameter, wanted[name], rtol=1e-4, atol=1e-6)
+        theirs = torch.load(outcomes / f"{route}.{rank}.pt")
+        assert (theirs[0], theirs[1]) == (pytest.approx(means, rel=1e-5), pytest.approx(plain, rel=1e-5))
+        for name, parameter in theirs[2].items():
+            torch.testing.assert_close(parameter, end[name], rtol=1e-4, atol=1e-6)
     assert len(examples()) >= 16
