@@ -1,4 +1,4 @@
-"""`StatisticsCallback`: plain cross-entropy and the gate, in the logs of a transformers-style trainer."""
+"""Callbacks of a transformers-style trainer: proof that it trains the gated loss, and what to log of it."""
 
 from __future__ import annotations
 
@@ -7,23 +7,21 @@ from typing import Any
 from transformers import TrainerCallback
 
 from .checks import refuse_label_smoothing
+from .proof import Calls
 from .running import RunningStatistics
 
 
-class StatisticsCallback(TrainerCallback):  # type: ignore[misc]  # transformers is untyped for mypy
-    """Logs a `RunningStatistics` beside the loss: nll, mean_alpha, mean_gate, mean_entropy, top1.
+class ProofCallback(TrainerCallback):  # type: ignore[misc]  # transformers is untyped for mypy
+    """An error before each optimizer step for which the gated loss was not called, or not as it has to be.
 
-    A gated loss looks small, because tokens that the model doubts weigh little; `nll` is what to compare with
-    other runs. In evaluation, where a route uses the gated loss there, the names are eval_nll and so on. The
-    means are over all ranks' tokens since the last log.
-
-    Args: statistics: the object given to the loss.
-    Raises: RuntimeError before the first optimizer step when the loss was never called; ValueError for
-        label_smoothing_factor, which no route honours.
+    Args: calls: the loss's own.
+    Raises: RuntimeError when the loss was not called since the last step, or when it was called without the
+        step's number of items though the step has several batches, which would train a mean of their means;
+        ValueError for label_smoothing_factor, which no route honours.
     """
 
-    def __init__(self, statistics: RunningStatistics):
-        self.statistics = statistics
+    def __init__(self, calls: Calls):
+        self.calls = calls
 
     def add_to(self, trainer: Any) -> None:
         """Add to a trainer ahead of its other callbacks, as those report the logs when their turn comes."""
@@ -36,13 +34,39 @@ class StatisticsCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         refuse_label_smoothing(args)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        if self.statistics.updates == 0:
+        called, own_mean = self.calls.look()
+        if not called:
             raise RuntimeError(
-                "statistics: the gated loss was never called, so the trainer trains another one. The object "
-                "given to StatisticsCallback has to be the loss's own, and the loss has to be one that this "
-                "trainer calls: deft_kernels.integrations.trl.apply(trainer) for TRL, .liger.install() with "
-                "use_liger_kernel=True, .transformers.apply(trainer) otherwise"
+                "statistics: the gated loss was never called in this step, so the trainer trains another "
+                "one. The object given to StatisticsCallback has to be the loss's own, and the loss has to be one "
+                "that this trainer calls: deft_kernels.integrations.trl.apply(trainer) for TRL, "
+                ".liger.install() with use_liger_kernel=True, .transformers.apply(trainer) otherwise. A "
+                "compute_loss of your own has to come to Trainer.compute_loss"
             )
+        if own_mean and args.gradient_accumulation_steps * args.world_size > 1:
+            raise RuntimeError(
+                "num_items_in_batch: the trainer did not pass it on to the gated loss, so that this step, of "
+                f"{args.gradient_accumulation_steps} batches on each of {args.world_size} ranks, would be a "
+                "mean of their means, or a sum. A compute_loss of your own has to take num_items_in_batch "
+                "and give it to super().compute_loss, or to the model; for a loss that is made inside the "
+                "model, set trainer.model_accepts_loss_kwargs = True besides"
+            )
+
+
+class StatisticsCallback(ProofCallback):
+    """Logs a `RunningStatistics` beside the loss: nll, mean_alpha, mean_gate, mean_entropy, top1.
+
+    A gated loss looks small, because tokens that the model doubts weigh little; `nll` is what to compare with
+    other runs. In evaluation, where a route uses the gated loss there, the names are eval_nll and so on. The
+    means are over all ranks' tokens since the last log.
+
+    Args: statistics: the object given to the loss.
+    Raises: as `ProofCallback`.
+    """
+
+    def __init__(self, statistics: RunningStatistics):
+        super().__init__(statistics.calls)
+        self.statistics = statistics
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **others: Any) -> None:
         logs = {} if logs is None else logs

@@ -141,6 +141,7 @@ class _Replacement:
         valid = target != ignore_index
         if self.statistics is not None:
             self.statistics.update(stats, valid)
+            self.statistics.calls.note(own_mean=reduction == "mean")
         if not return_token_accuracy:
             return loss
         from liger_kernel.transformers.functional import CrossEntropyOutput

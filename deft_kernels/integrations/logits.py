@@ -10,6 +10,7 @@ from torch import Tensor
 from ..calls import RowLoss
 from ..functional import deft_loss
 from ..objectives import Objective
+from .proof import Calls
 from .running import RunningStatistics
 from .settings import OF_LOGITS, checked, counted, denominator, described, recorder
 from .watch import Watch
@@ -28,10 +29,12 @@ class _OfLogits:
     ):
         self.objective = described(objective)
         self.statistics = recorder(statistics)
+        self.calls = Calls() if self.statistics is None else self.statistics.calls
         self.shift = shift
         self.keywords = checked(type(self).__name__, OF_LOGITS, keywords)
 
     def _loss(self, logits: Tensor, labels: Tensor, shift: bool, num_items: Any, ignore_index: int) -> Tensor:
+        self.calls.note(own_mean=num_items is None)
         labels = labels.to(logits.device)
         settings = {"shift": shift, "ignore_index": ignore_index, "num_items": denominator(num_items, logits)}
         weight = self.keywords.get("weight")

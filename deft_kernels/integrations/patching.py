@@ -14,6 +14,7 @@ from ..linear import fused_linear_deft_loss
 from ..objectives import Objective
 from . import head as heads
 from .logits import ForCausalLM
+from .proof import Calls
 from .running import RunningStatistics
 from .settings import OF_HIDDEN, checked, counted, denominator, described, recorder
 from .watch import Watch
@@ -56,6 +57,7 @@ class _OfHidden:
     def __init__(self, model: Any, objective: Any, statistics: Any, keywords: dict[str, Any]):
         self.objective = described(objective)
         self.statistics = recorder(statistics)
+        self.calls = Calls() if self.statistics is None else self.statistics.calls
         self.keywords = checked("patch_model", OF_HIDDEN, keywords)
         self.scale, self.softcap = heads.logit_transform(model, "patch_model")
         parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
@@ -69,6 +71,7 @@ class _OfHidden:
         labels, aligned = call.pop("labels", None), call.pop("shift_labels", None)
         num_items = call.pop("num_items_in_batch", None)
         _refuse(model, call, labels is None and aligned is None)
+        self.calls.note(own_mean=num_items is None)
         outputs = heads.backbone(model, "patch_model")(**call)
         head = heads.plain_head(model, "patch_model")
         hidden = outputs.last_hidden_state.to(head.weight.device)
@@ -160,6 +163,12 @@ def patch_model(
     forward.__signature__ = inspect.signature(type(bare).forward)  # type: ignore[attr-defined]
     setattr(bare, RECORD, loss)
     bare.forward = types.MethodType(forward, bare)
+
+
+def calls_of(model: Any) -> Calls:
+    """What the gated loss that a model was given has been called with, for a `ProofCallback`."""
+    calls: Calls = vars(heads.bare(model, "calls_of"))[RECORD].calls
+    return calls
 
 
 def unpatch_model(model: Any) -> None:

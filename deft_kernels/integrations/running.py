@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..statistics import RowStatistics
+from .proof import Calls
 
 NAMES = ("nll", "mean_alpha", "mean_gate", "mean_entropy", "top1")
 
@@ -26,7 +27,7 @@ class RunningStatistics:
     def __init__(self) -> None:
         self._sums: dict[bool, Tensor] = {}
         self._gated = True
-        self.updates = 0
+        self.calls = Calls()
 
     def update(self, stats: RowStatistics, valid: Tensor) -> None:
         """Add the rows of one call. stats: [...]; valid: [...], bool, the rows whose label counts."""
@@ -47,7 +48,7 @@ class RunningStatistics:
         training = torch.is_grad_enabled()
         before = self._sums.get(training)
         self._sums[training] = sums if before is None else before + sums
-        self.updates += training
+        self.calls.note()
 
     def means(self, training: bool = True, device: torch.device | str = "cpu") -> dict[str, float]:
         """Means over the tokens of all ranks since the last call, which they forget; {} when there were none.

@@ -41,12 +41,13 @@ def apply(
     """Give a `Trainer` the gated loss as its compute_loss_func, check its settings, and log the statistics.
 
     Args: trainer: a transformers `Trainer` (for TRL's use `integrations.trl.apply`); objective and keywords
-        as in `ComputeLoss`; log_statistics: add a `StatisticsCallback`.
-    Returns: the `RunningStatistics` that are logged.
+        as in `ComputeLoss`; log_statistics: add a `StatisticsCallback`, else a `ProofCallback`, so that a
+        trainer whose own compute_loss goes past the loss raises either way.
+    Returns: the loss's `RunningStatistics`, those that are logged.
     Raises: ValueError for settings that would be ignored: a compute_loss_func of its own,
         label_smoothing_factor, Liger's fused flag, context parallelism; each with what to do.
     """
-    from .callback import StatisticsCallback
+    from .callback import ProofCallback, StatisticsCallback
 
     statistics = RunningStatistics()
     loss = ComputeLoss(objective, statistics=statistics, **keywords)
@@ -54,6 +55,6 @@ def apply(
         raise ValueError("trainer: is TRL's; use deft_kernels.integrations.trl.apply(trainer)")
     check_trainer(trainer)
     trainer.compute_loss_func = loss
-    if log_statistics:
-        StatisticsCallback(statistics).add_to(trainer)
+    callback = StatisticsCallback(statistics) if log_statistics else ProofCallback(statistics.calls)
+    callback.add_to(trainer)
     return statistics

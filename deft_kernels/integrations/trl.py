@@ -43,7 +43,7 @@ def apply(
         trainer: an `SFTTrainer`, its loss_type "nll".
         objective: a name or an `Objective`. With the fused head: none that needs max p, that is a function of
             `RowStatistics`, or that differentiates through sum p^2.
-        log_statistics: add a `StatisticsCallback`.
+        log_statistics: add a `StatisticsCallback`, else a `ProofCallback`.
         keywords: as in `transformers.ComputeLoss`, before TRL 1.15; the fused head has none.
     Returns: the `RunningStatistics` that are logged.
     Raises: TypeError for another trainer; ValueError for loss_type "dft" or "chunked_nll",
@@ -52,7 +52,7 @@ def apply(
     """
     import trl
 
-    from .callback import StatisticsCallback
+    from .callback import ProofCallback, StatisticsCallback
 
     if not isinstance(trainer, trl.SFTTrainer):
         raise TypeError(f"trainer: expected an SFTTrainer, got {type(trainer).__name__}")
@@ -71,8 +71,8 @@ def apply(
         loss = ComputeLoss(objective, statistics=statistics, **keywords)
         check_trainer(trainer)
         trainer.compute_loss_func = loss
-    if log_statistics:
-        StatisticsCallback(statistics).add_to(trainer)
+    callback = StatisticsCallback(statistics) if log_statistics else ProofCallback(statistics.calls)
+    callback.add_to(trainer)
     return statistics
 
 
