@@ -38,8 +38,8 @@ class ProofCallback(TrainerCallback):  # type: ignore[misc]  # transformers is u
         if not called:
             raise RuntimeError(
                 "statistics: the gated loss was never called in this step, so the trainer trains another "
-                "one. The object given to StatisticsCallback has to be the loss's own, and the loss has to be one "
-                "that this trainer calls: deft_kernels.integrations.trl.apply(trainer) for TRL, "
+                "one. The object given to StatisticsCallback has to be the loss's own, and the loss has to be "
+                "one that this trainer calls: deft_kernels.integrations.trl.apply(trainer) for TRL, "
                 ".liger.install() with use_liger_kernel=True, .transformers.apply(trainer) otherwise. A "
                 "compute_loss of your own has to come to Trainer.compute_loss"
             )
