@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import threading
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..functional import deft_loss
@@ -14,6 +18,7 @@ from .settings import checked
 KEYWORDS = ("temperature", "z_loss", "inplace", "backend")
 
 _originals: dict[str, Any] = {}
+_made = threading.Event()  # set when a gated loss was made, cleared when a schedule has asked
 
 
 def install(objective: str | Objective = "deft", **keywords: Any) -> None:
@@ -21,15 +26,18 @@ def install(objective: str | Objective = "deft", **keywords: Any) -> None:
 
     `LanguageModule.compute_language_model_loss`, of which GPTModel and the other models are, looks both up at
     each call; each rank gives its shard of the vocabulary, and every rank gets each token's loss, for
-    Megatron's own loss mask. One all-gather of 5 numbers a token.
+    Megatron's own loss mask. One all-gather of 5 numbers a token. Negative labels, with which its datasets
+    fill up what their mask leaves out, count 0.
 
     Args: objective: as in `deft_loss`; temperature, z_loss, inplace, backend: as in `deft_loss`.
     Raises: RuntimeError when it is installed already; ValueError for an objective that takes a mean over the
         batch, as the loss does not see the mask. TransformerEngine's cross-entropy (cross_entropy_fusion_impl
-        "te") raises when it is called.
+        "te") raises when it is called. A training step of Megatron's schedules whose model did not come to
+        the gated loss: RuntimeError, before its backward.
     """
     from megatron.core import tensor_parallel
     from megatron.core.models.common.language_module import language_module
+    from megatron.core.pipeline_parallel import schedules
 
     if _originals:
         raise RuntimeError("megatron: a gated loss is installed already; call uninstall() first")
@@ -63,21 +71,54 @@ def install(objective: str | Objective = "deft", **keywords: Any) -> None:
     _originals["plain"] = tensor_parallel.vocab_parallel_cross_entropy
     _originals["fused"] = language_module.fused_vocab_parallel_cross_entropy
     _originals["te"] = language_module.te_parallel_cross_entropy
+    _originals["step"] = schedules.forward_step_calc_loss
     tensor_parallel.vocab_parallel_cross_entropy = vocab_parallel_cross_entropy
     language_module.fused_vocab_parallel_cross_entropy = fused_vocab_parallel_cross_entropy
     language_module.te_parallel_cross_entropy = te_parallel_cross_entropy
+    schedules.forward_step_calc_loss = _watched(schedules.forward_step_calc_loss)
 
 
 def uninstall() -> None:
     """Put Megatron's own functions back. Raises: RuntimeError when nothing is installed."""
     from megatron.core import tensor_parallel
     from megatron.core.models.common.language_module import language_module
+    from megatron.core.pipeline_parallel import schedules
 
     if not _originals:
         raise RuntimeError("megatron: no gated loss is installed")
     tensor_parallel.vocab_parallel_cross_entropy = _originals.pop("plain")
     language_module.fused_vocab_parallel_cross_entropy = _originals.pop("fused")
     language_module.te_parallel_cross_entropy = _originals.pop("te")
+    schedules.forward_step_calc_loss = _originals.pop("step")
+    _made.clear()
+
+
+def _watched(forward_step_calc_loss: Callable[..., Any]) -> Callable[..., Any]:
+    """What every schedule calls between a micro-batch's forward and its backward, with a look at the loss.
+
+    A model with a loss of its own, a fusion of head and loss, a function bound before `install()`: all of
+    them would train plain cross-entropy, and only that the gated loss was not made tells them.
+    """
+
+    @functools.wraps(forward_step_calc_loss)
+    def step(model: Any, output_tensor: Any, loss_func: Any, *args: Any, **keywords: Any) -> Any:
+        def checked_loss_func(*outputs: Any, **others: Any) -> Any:
+            # Called on the pipeline's last stage only, where the model makes its loss.
+            if torch.is_grad_enabled() and not others.get("non_loss_data") and not _made.is_set():
+                raise RuntimeError(
+                    "megatron: a training step went past the gated loss, so it would train another one. The "
+                    "model must be given labels and make its loss by LanguageModule's "
+                    "compute_language_model_loss, and call install() before anything imports Megatron's "
+                    "cross-entropy by name; leave out a cross_entropy_fusion_impl other than 'native'. For a "
+                    "loss that is meant to be another one, call uninstall() first"
+                )
+            _made.clear()
+            return loss_func(*outputs, **others)
+
+        watched = None if loss_func is None else checked_loss_func
+        return forward_step_calc_loss(model, output_tensor, watched, *args, **keywords)
+
+    return step
 
 
 def _rows(logits: Tensor, target: Tensor, group: Any, smoothing: float, settings: dict[str, Any]) -> Tensor:
@@ -87,4 +128,7 @@ def _rows(logits: Tensor, target: Tensor, group: Any, smoothing: float, settings
     shard = VocabShard(group, group.rank() * width, size) if ranks > 1 else None
     # Megatron spreads the smoothing over the classes that are not the target, deft_loss over all.
     smoothing = smoothing * size / (size - 1) if smoothing else 0.0
+    _made.set()
+    # T5's and BERT's datasets fill up with -1, where their masks are 0.
+    target = target.masked_fill(target < 0, -100)
     return deft_loss(logits, target, reduction="none", label_smoothing=smoothing, group=shard, **settings)
