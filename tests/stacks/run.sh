@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes a virtual environment with one stack, as far as its loss needs it, and runs that stack's tests on the CPU:
 #
-#     tests/stacks/run.sh STACK [FOLDER]        llamafactory, axolotl, torchtitan, verl, megatron or nemo
+#     tests/stacks/run.sh STACK [FOLDER]        llamafactory, axolotl, torchtitan, verl, megatron, nemo or deepspeed
 #
 # The stacks' own pins contradict each other, and some bring gigabytes of CUDA packages; so each has an environment
 # of its own, torch comes first in the tested version, and the stack without its dependencies.
@@ -37,6 +37,11 @@ case $stack in
     megatron)
         package="megatron-core==0.16.1"
         needs=(packaging)
+        ;;
+    deepspeed)
+        package="deepspeed==0.19.8"
+        needs=(transformers==5.23.0 accelerate==1.15.0 hjson msgpack ninja py-cpuinfo pydantic psutil einops tqdm)
+        needs+=(setuptools wheel)
         ;;
     *)
         echo "unknown stack: $stack" >&2
