@@ -250,14 +250,15 @@ def _postprocess_output(self: Any, *args: Any, **keywords: Any) -> Any:
     brings this module and its `install()` with it.
     """
     from verl.utils import tensordict_utils as tu
-    from verl.utils.metric import Metric
 
     output = _originals["_postprocess_output"](self, *args, **keywords)
     metrics = tu.get(output, "metrics")
     for name in METRICS:
         if name in metrics:
             ranks = metrics[name] if isinstance(metrics[name], list) else [metrics[name]]
-            metrics = {**metrics, name: float(Metric.aggregate_dp(ranks))}
+            # Each rank's share was scaled by their number, as verl's loss is, of which it takes the mean.
+            mean = sum(sum(metric.values) for metric in ranks) / len(ranks)
+            metrics = {**metrics, name: mean}
     tu.assign_non_tensor(output, metrics=metrics)
     return output
 

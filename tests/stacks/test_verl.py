@@ -115,11 +115,13 @@ class Engine(BaseEngine):
 
     def forward_backward_batch(self, data, loss_function, forward_only=False):
         self.asked = tu.get(data, "calculate_sum_pi_squared"), tu.get(data, "calculate_entropy")
-        self.entropy = torch_functional.entropy_from_logits(torch.randn(3, 5, requires_grad=True))
+        logits = torch.randn(3, 5, dtype=torch.bfloat16, requires_grad=True)
+        self.entropy = torch_functional.entropy_from_logits(logits)
+        self.collision = torch_functional.calculate_sum_pi_squared_from_logits(logits)
         return {"metrics": {}}
 
 
-def test_an_engine_is_asked_for_what_the_objective_needs_and_others_keep_their_entropy(integration):
+def test_an_engine_is_asked_for_what_the_objective_needs_and_others_keep_verls_statistics(integration):
     batch = {"x": torch.zeros(1)}
     engine = Engine()
     for objective, asked in (("deft", (True, None)), ("eaft", (None, True)), ("dft", (None, None))):
@@ -127,10 +129,11 @@ def test_an_engine_is_asked_for_what_the_objective_needs_and_others_keep_their_e
         loss = pickle.loads(pickle.dumps(partial(losses.sft_loss, config=None)))
         engine.train_batch(tu.get_tensordict(batch, {}), loss_function=loss)
         assert engine.asked == asked
-        assert not engine.entropy.requires_grad
+        for statistic in (engine.entropy, engine.collision):
+            assert statistic.dtype == torch.float32 and not statistic.requires_grad
     engine.train_batch(tu.get_tensordict(batch, {}), loss_function=partial(losses.ppo_loss, config=None))
     assert engine.asked == (None, None)
-    assert engine.entropy.requires_grad
+    assert engine.entropy.requires_grad and engine.collision.dtype == torch.bfloat16
 
 
 def test_a_loss_that_was_bound_before_raises(integration):
