@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from .checks import refuse_label_smoothing
+from .checks import refuse_dividing_twice, refuse_label_smoothing
 from .proof import Calls
 from .running import RunningStatistics
 
@@ -24,7 +24,11 @@ class ProofCallback(TrainerCallback):  # type: ignore[misc]  # transformers is u
         self.calls = calls
 
     def add_to(self, trainer: Any) -> None:
-        """Add to a trainer ahead of its other callbacks, as those report the logs when their turn comes."""
+        """Add to a trainer ahead of its other callbacks, as those report the logs when their turn comes.
+
+        Raises: ValueError for a version of transformers that divides accumulated gradients twice.
+        """
+        refuse_dividing_twice(trainer)
         trainer.add_callback(self)
         callbacks = trainer.callback_handler.callbacks
         callbacks.remove(self)
@@ -37,8 +41,8 @@ class ProofCallback(TrainerCallback):  # type: ignore[misc]  # transformers is u
         called, own_mean = self.calls.look()
         if not called:
             raise RuntimeError(
-                "statistics: the gated loss was never called in this step, so the trainer trains another "
-                "one. The object given to StatisticsCallback has to be the loss's own, and the loss has to be "
+                "statistics: the gated loss was never called in this step, so the trainer trains another. "
+                "The object given to StatisticsCallback has to be the loss's own, and the loss has to be "
                 "one that this trainer calls: deft_kernels.integrations.trl.apply(trainer) for TRL, "
                 ".liger.install() with use_liger_kernel=True, .transformers.apply(trainer) otherwise. A "
                 "compute_loss of your own has to come to Trainer.compute_loss"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 
@@ -9,18 +10,51 @@ def check_trainer(trainer: Any) -> None:
     """Raises ValueError for settings of a trainer that its compute_loss_func would make void."""
     if trainer.compute_loss_func is not None:
         raise ValueError("compute_loss_func: the trainer has one already; leave it out, or do not call apply")
+    check_settings(trainer)
+
+
+def check_caller(loss: Any) -> None:
+    """`check_settings` of the trainer that calls `loss`, if one does.
+
+    A loss that was given to a trainer without `apply` can see the trainer's settings nowhere but in the frame
+    of its caller.
+    """
+    caller = sys._getframe(2).f_locals.get("self")
+    if getattr(caller, "compute_loss_func", None) is loss:
+        check_settings(caller)
+
+
+def check_settings(trainer: Any) -> None:
+    """Raises ValueError for settings under which a trainer does not train its compute_loss_func."""
     refuse_label_smoothing(trainer.args)
+    if getattr(trainer.args, "loss_type", None) == "chunked_nll":
+        raise ValueError(
+            "loss_type: 'chunked_nll' makes its own plain cross-entropy and no logits for compute_loss_func; "
+            'set SFTConfig(loss_type="nll"), or leave compute_loss_func out and call '
+            "deft_kernels.integrations.trl.apply(trainer)"
+        )
     if fused_by_liger(trainer.args):
         raise ValueError(
             "use_liger_kernel: its fused cross-entropy makes no logits for compute_loss_func. Call "
             "deft_kernels.integrations.liger.install(model=trainer.model) instead of apply, or set "
             'liger_kernel_config={"fused_linear_cross_entropy": False}'
         )
+    refuse_dividing_twice(trainer)
     parallelism = getattr(trainer.accelerator, "parallelism_config", None)
     if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
         raise ValueError(
             "parallelism_config: under context or sequence parallelism compute_loss_func sees a part of each "
             "sequence and cannot shift its labels; use set_loss_function(model) or patch_model(model)"
+        )
+
+
+def refuse_dividing_twice(trainer: Any) -> None:
+    """transformers 5.2 to 5.5.3 have accelerate divide a loss that is a part of the whole step's already."""
+    steps = trainer.accelerator.gradient_accumulation_steps
+    if steps > 1 and not getattr(trainer, "is_deepspeed_enabled", False):
+        raise ValueError(
+            "gradient_accumulation_steps: this version of transformers divides accumulated gradients by "
+            f"{steps} twice, plain cross-entropy's too; install transformers>=5.5.4, or do not accumulate"
         )
 
 

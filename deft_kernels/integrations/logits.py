@@ -10,6 +10,7 @@ from torch import Tensor
 from ..calls import RowLoss
 from ..functional import deft_loss
 from ..objectives import Objective
+from .checks import check_caller
 from .proof import Calls
 from .running import RunningStatistics
 from .settings import OF_LOGITS, checked, counted, denominator, described, recorder
@@ -58,10 +59,12 @@ class ComputeLoss(_OfLogits):
         temperature, z_loss, label_smoothing, weight, inplace, grad_in_forward, backend: as in `deft_loss`.
     Called with: outputs (a ModelOutput, mapping or tuple), labels [B, T], num_items_in_batch (None: the mean
         over this batch). It is called in evaluation too, so eval_loss is gated.
-    Raises: ValueError, TypeError when there are no logits or labels.
+    Raises: ValueError, TypeError when there are no logits or labels, and for settings of the trainer that
+        calls it which it cannot honour, as `apply` does beforehand.
     """
 
     def __call__(self, outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Tensor:
+        check_caller(self)
         if isinstance(outputs, Mapping):
             logits = outputs.get("logits")
         else:

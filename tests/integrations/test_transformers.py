@@ -296,6 +296,31 @@ class TestRefusals:
             with pytest.raises(ValueError, match="label_smoothing_factor.*pass label_smoothing="):
                 run.train()
 
+    def test_settings_that_void_a_bare_compute_loss_func(self, tmp_path):
+        """Given to the trainer without apply(), it sees them when it is called."""
+        run = trainer(tmp_path, llama(), label_smoothing_factor=0.1)
+        run.compute_loss_func = integration.ComputeLoss("deft")
+        before = parameters(run.model)
+        with pytest.raises(ValueError, match="label_smoothing_factor.*pass label_smoothing="):
+            run.train()
+        assert all(torch.equal(p, before[name]) for name, p in run.model.named_parameters())
+
+    @pytest.mark.parametrize("route", ROUTES)
+    def test_accumulated_gradients_that_would_be_divided_twice(self, route, tmp_path):
+        """As by transformers 5.2 to 5.5.3, which leave accelerate the number of steps."""
+        model = llama()
+        if route == "loss_function":
+            integration.set_loss_function(model)
+        elif route == "patch_model":
+            integration.patch_model(model)
+        run = trainer(tmp_path, model, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+        run.accelerator.gradient_accumulation_steps = 4
+        with pytest.raises(ValueError, match="gradient_accumulation_steps.*transformers>=5.5.4"):
+            if route == "compute_loss_func":
+                integration.apply(run)
+            else:
+                StatisticsCallback(RunningStatistics()).add_to(run)
+
     @pytest.mark.parametrize("route", ROUTES[1:])
     def test_labels_taken_out_of_the_forward(self, route, tmp_path):
         """Without the callback that looks at the settings: the step itself must not train anything else."""

@@ -16,7 +16,7 @@ from trl import SFTConfig, SFTTrainer
 
 from deft_kernels import objectives
 from deft_kernels.integrations import trl as integration
-from deft_kernels.integrations.transformers import patch_model, set_loss_function
+from deft_kernels.integrations.transformers import ComputeLoss, patch_model, set_loss_function
 
 FUSED_HEAD = Version(trl.__version__) >= Version("1.15")
 # Of `arguments`; the others stay SFTConfig's own.
@@ -50,7 +50,7 @@ def tokenizer():
     return trained_tokenizer()
 
 
-def prepared(folder, tokenizer, model=None, **settings):
+def prepared(folder, tokenizer, model=None, compute_loss_func=None, **settings):
     plain = arguments(folder).to_dict()
     chosen = {name: plain[name] for name in SETTINGS}
     # bf16 is SFTConfig's default; its gradients of accumulated parts differ in their last bits.
@@ -61,6 +61,7 @@ def prepared(folder, tokenizer, model=None, **settings):
         train_dataset=Dataset.from_list(TEXTS),
         eval_dataset=Dataset.from_list(TEXTS[:8]),
         processing_class=tokenizer,
+        compute_loss_func=compute_loss_func,
     )
 
 
@@ -164,11 +165,19 @@ def test_torch_compile(tmp_path, tokenizer):
 
 
 class TestRefusals:
-    @pytest.mark.skipif(FUSED_HEAD, reason="loss_type='chunked_nll' was removed with the fused head")
+    @pytest.mark.skipif(FUSED_HEAD, reason="since the fused head it is another name of 'nll'")
     def test_chunked_nll(self, tmp_path, tokenizer):
         run = prepared(tmp_path, tokenizer, loss_type="chunked_nll")
         with pytest.raises(ValueError, match=r"chunked_nll.*loss_type=\"nll\""):
             integration.apply(run)
+
+    @pytest.mark.skipif(FUSED_HEAD, reason="since the fused head it is another name of 'nll'")
+    def test_chunked_nll_with_compute_loss_func(self, tmp_path, tokenizer):
+        run = prepared(tmp_path, tokenizer, loss_type="chunked_nll", compute_loss_func=ComputeLoss("deft"))
+        before = parameters(run.model)
+        with pytest.raises(ValueError, match=r"chunked_nll.*loss_type=\"nll\".*trl.apply\(trainer\)"):
+            run.train()
+        assert all(torch.equal(p, before[name]) for name, p in run.model.named_parameters())
 
     def test_dft(self, tmp_path, tokenizer):
         with pytest.raises(ValueError, match=r"loss_type: is 'dft'.*objective=\"dft\""):
