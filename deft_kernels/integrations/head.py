@@ -50,6 +50,10 @@ def innermost(model: Any, call: str) -> nn.Module:
 def plain_head(model: Any, call: str) -> nn.Linear:
     """The output embeddings, if they are a matrix and nothing else; ValueError with the remedy if not."""
     head = model.get_output_embeddings()
+    if hasattr(head, "modules_to_save") and not head.disable_adapters:
+        # PEFT keeps the head as it was beside the copy that is trained and used.
+        (active,) = head.active_adapters
+        head = head.modules_to_save[active]
     if hasattr(head, "base_layer"):
         raise ValueError(
             f"lm_head: carries an adapter ({type(head).__module__}.{type(head).__name__}), which {call} "

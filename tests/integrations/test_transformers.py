@@ -155,6 +155,23 @@ def test_lora(route, tmp_path):
 
 
 @pytest.mark.parametrize("route", ROUTES)
+def test_a_head_that_peft_trains_whole(route, tmp_path):
+    """modules_to_save: the copy that PEFT trains is the head, and the one it was copied from stays."""
+    import peft
+
+    settings = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "init_lora_weights": False}
+    model = peft.get_peft_model(llama(), peft.LoraConfig(**settings, r=2))
+    expected, before = oracle(model, batch()), parameters(model)
+    run = prepared(route, tmp_path, model)
+    run.train()
+    assert losses(run)[0] == pytest.approx(expected, rel=1e-5)
+    trained = {name for name, p in parameters(model).items() if not torch.equal(p, before[name])}
+    assert {name for name in trained if "lora" not in name} == {
+        "base_model.model.lm_head.modules_to_save.default.weight"
+    }
+
+
+@pytest.mark.parametrize("route", ROUTES)
 def test_torch_compile(route, tmp_path, pytestconfig):
     eager = prepared(route, tmp_path, llama(num_hidden_layers=1))
     settings = {"torch_compile": True, "torch_compile_backend": pytestconfig.getoption("compile_backend")}
