@@ -42,6 +42,14 @@ from deft_kernels import objectives, reference
 
 B, T, V = 8, 12, 62
 LAYERS = 2
+EXPERTS = {
+    "num_moe_experts": 4,
+    "moe_router_topk": 2,
+    # Their auxiliary loss is of a micro-batch, so that 8 would not be 4 x 2.
+    "moe_aux_loss_coeff": 0.0,
+    "moe_token_dispatcher_type": "allgather",
+    "add_bias_linear": False,
+}
 # Sums of fp32 in another order: losses of about 4 were apart by at most 2.5e-7 of themselves, parameters of
 # about 1 by 1.2e-7 after three steps. Of losses relative, of parameters absolute.
 CLOSE = 1e-6
@@ -217,18 +225,23 @@ def agree(found: dict[str, Any], wanted: dict[str, Any]) -> None:
         )
 
 
-def _load_stage(model: GPTModel, whole: dict[str, Tensor]) -> None:
-    """The parameters that a pipeline's stage has of the whole model, whose layers it counts from 0."""
-    first = parallel_state.get_pipeline_model_parallel_rank() * len(model.decoder.layers)
+# Of what each rank has some, and counts from 0.
+COUNTED = {"pipeline": "decoder.layers.", "experts": "local_experts."}
+
+
+def renamed(name: str, case: str, rank: int) -> str:
+    """A rank's parameter by its name in the whole model; one layer, or two experts, a rank."""
+    start, counted, rest = name.partition(COUNTED[case])
+    number, dot, end = rest.partition(".")
+    first = rank * {"pipeline": LAYERS // 2, "experts": EXPERTS["num_moe_experts"] // 2}[case]
+    return f"{start}{counted}{int(number) + first}{dot}{end}" if counted else name
+
+
+def _load(model: GPTModel, whole: dict[str, Tensor], case: str) -> None:
+    """A rank's layers or experts of the whole model; Megatron would draw others for them."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(whole[renamed(name, first)])
-
-
-def renamed(name: str, first: int) -> str:
-    start, layers, rest = name.partition("decoder.layers.")
-    number, dot, end = rest.partition(".")
-    return f"{start}{layers}{int(number) + first}{dot}{end}" if layers else name
+            parameter.copy_(whole[renamed(name, case, torch.distributed.get_rank())])
 
 
 # What each case splits between two ranks, and the settings of its model.
@@ -240,6 +253,7 @@ SPLITS: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
         {"tensor_model_parallel_size": 2, "sequence_parallel": True},
     ),
     "pipeline": ({"pipeline_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}),
+    "experts": ({"expert_model_parallel_size": 2}, {**EXPERTS, "expert_model_parallel_size": 2}),
 }
 
 
@@ -251,8 +265,8 @@ def main(folder: Path) -> None:
         parallel_state.initialize_model_parallel(**split)
         with without_cuda():
             model = gpt(**settings)
-            if case == "pipeline":
-                _load_stage(model, torch.load(folder / "whole.pt"))
+            if case in COUNTED:
+                _load(model, torch.load(folder / f"{case}.pt"), case)
             losses = trained(model, parts=4)
             torch.save((losses, parameters(model)), folder / f"{case}{rank}.pt")
         parallel_state.destroy_model_parallel()

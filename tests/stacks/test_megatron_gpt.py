@@ -7,6 +7,7 @@ import pytest
 import torch
 from megatron_gpt import (
     CLOSE,
+    EXPERTS,
     agree,
     data,
     gpt,
@@ -55,6 +56,15 @@ def test_the_first_loss_is_the_oracles_and_8_is_4_times_2(fused, installed):
     agree(parameters(parts), parameters(whole))
 
 
+def test_in_place_of_the_logits(installed):
+    kept, overwritten = gpt(), gpt()
+    losses = trained(kept)
+    megatron.uninstall()
+    megatron.install(inplace=True)
+    assert trained(overwritten) == losses
+    agree(parameters(overwritten), parameters(kept))
+
+
 def test_without_calculate_per_token_loss_it_is_a_mean_of_the_micro_batches_means(installed):
     """The page's trap: Megatron's own averaging, with its cross-entropy too."""
     ends = []
@@ -66,21 +76,27 @@ def test_without_calculate_per_token_loss_it_is_a_mean_of_the_micro_batches_mean
 
 
 def test_two_ranks_are_one(installed, tmp_path):
-    model = gpt()
-    torch.save({name: value for name, (value, _) in parameters(model).items()}, tmp_path / "whole.pt")
-    losses, end = trained(model), parameters(model)
+    wanted = {}
+    for case, settings in (("pipeline", {}), ("experts", EXPERTS)):
+        model = gpt(**settings)
+        torch.save({name: value for name, (value, _) in parameters(model).items()}, tmp_path / f"{case}.pt")
+        wanted[case] = trained(model), parameters(model)
     two_ranks(megatron_gpt.__file__, tmp_path)
     for case in megatron_gpt.SPLITS:
-        (first, ours), (second, theirs) = (torch.load(tmp_path / f"{case}{rank}.pt") for rank in (0, 1))
-        assert second == pytest.approx(losses, rel=CLOSE)
-        if case == "pipeline":
-            assert first == []  # the last stage makes the loss
-            own = {renamed(name, 0): entry for name, entry in ours.items()}
-            own |= {renamed(name, 1): entry for name, entry in theirs.items()}
-        else:
-            assert first == second
-            own = {
-                name: (value if dim is None else torch.cat([value, theirs[name][0]], dim), None)
-                for name, (value, dim) in ours.items()
+        losses, end = wanted.get(case, wanted["pipeline"])
+        ranks = [torch.load(tmp_path / f"{case}{rank}.pt") for rank in (0, 1)]
+        assert ranks[1][0] == pytest.approx(losses, rel=CLOSE)
+        # A pipeline's last stage makes the loss.
+        assert ranks[0][0] == ([] if case == "pipeline" else ranks[1][0])
+        if case in megatron_gpt.COUNTED:
+            found = {
+                renamed(name, case, rank): entry
+                for rank, (_, own) in enumerate(ranks)
+                for name, entry in own.items()
             }
-        agree(own, end)
+        else:
+            found = {
+                name: (value if dim is None else torch.cat([value, ranks[1][1][name][0]], dim), None)
+                for name, (value, dim) in ranks[0][1].items()
+            }
+        agree(found, end)

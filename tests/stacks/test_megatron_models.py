@@ -11,11 +11,12 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.mamba import MambaModel
 from megatron.core.models.T5 import t5_spec
 from megatron.core.models.T5.t5_model import T5Model
-from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron_gpt import (
     CLOSE,
+    EXPERTS,
     LAYERS,
     B,
     T,
@@ -36,13 +37,7 @@ from pages import run_block
 
 from deft_kernels.integrations import megatron
 
-EXPERTS = {
-    "num_moe_experts": 4,
-    "moe_router_topk": 2,
-    "moe_aux_loss_coeff": 0.5,
-    "moe_token_dispatcher_type": "allgather",
-    "add_bias_linear": False,
-}
+BALANCED = {**EXPERTS, "moe_aux_loss_coeff": 0.5}
 SEVERAL = {"mtp_num_layers": 1}
 
 
@@ -65,7 +60,7 @@ def installed():
     megatron.uninstall()
 
 
-@pytest.mark.parametrize("settings", [{}, EXPERTS, SEVERAL], ids=["dense", "experts", "several tokens"])
+@pytest.mark.parametrize("settings", [{}, BALANCED, SEVERAL], ids=["dense", "experts", "several tokens"])
 def test_for_nll_everything_is_trained_as_without_it(settings):
     """The routers' own losses and those of further tokens keep their share of the gradient."""
     theirs, ours = gpt(**settings), gpt(**settings)
@@ -84,7 +79,8 @@ def test_experts(installed):
     expected = oracle(own_logits(whole), labels, mask)
     losses = trained(whole)
     assert losses[0] == pytest.approx(expected, rel=CLOSE)
-    assert trained(parts, parts=4)[0] == pytest.approx(losses[0], rel=CLOSE)
+    assert trained(parts, parts=4) == pytest.approx(losses, rel=CLOSE)
+    agree(parameters(parts), parameters(whole))
 
 
 def test_the_losses_of_further_tokens_are_gated_too(installed):
@@ -98,6 +94,20 @@ def test_the_losses_of_further_tokens_are_gated_too(installed):
     logged = float(MTPLossLoggingHelper.tracker["values"][0])
     rolled = [torch.nn.functional.pad(values[:, 1:], (0, 1)) for values in (labels, mask)]
     assert logged == pytest.approx(oracle(further, *rolled), rel=CLOSE)
+
+
+def test_bfloat16(installed):
+    """Without the optimizer, which wants bf16 parameters on a GPU."""
+    _, labels, mask = data()
+    model = Float16Module(config(bf16=True, params_dtype=torch.bfloat16), gpt().bfloat16())
+    logits = own_logits(model)
+    losses = model(**inputs(data()[0]), labels=labels)
+    assert losses.dtype == torch.float32
+    # The logits are the same bf16 numbers for both, and all after them is fp32.
+    loss = (losses * mask).sum() / mask.sum()
+    assert float(loss.detach()) == pytest.approx(oracle(logits, labels, mask), rel=CLOSE)
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 def bert():
