@@ -17,20 +17,29 @@ from .settings import described
 
 
 def summed(pred: Any, labels: Any, *, objective: Any) -> Any:
-    """The sum of the rows' losses, in the signature of torchtitan's cross_entropy_loss.
+    """The sum of the rows' losses, in the signature and placements of torchtitan's cross_entropy_loss.
 
-    pred: [B, T, V], or under tensor parallelism a DTensor sharded on the last dimension; labels: [B, T],
-    shifted by torchtitan already.
+    pred: [B, T, V], plain or a DTensor; labels: [B, T], shifted by torchtitan already. Plain labels beside a
+    DTensor, as tensor parallelism alone has them, give a plain loss. Where the labels are a DTensor too, so
+    is the loss: partial over the mesh dimensions that split the rows, as the trainer adds up local parts.
     """
     keywords: dict[str, Any] = {"objective": objective, "reduction": "sum", "ignore_index": IGNORE_INDEX}
-    if not is_dtensor(pred) or is_dtensor(labels):
+    if not is_dtensor(pred):
         return deft_loss(pred, labels, **keywords)
-    # torchtitan keeps labels, and the loss, as plain tensors beside logits that tensor parallelism has split.
-    if len(pred.placements) != 1 or not pred.placements[0].is_shard(pred.dim() - 1):
+    mesh, last, size = pred.device_mesh, pred.dim() - 1, pred.shape[-1]
+    split = [i for i, placement in enumerate(pred.placements) if placement.is_shard(last)]
+    if len(split) > 1 or not (is_dtensor(labels) or (split and mesh.ndim == 1)):
         raise ValueError(f"pred: expected a DTensor sharded on the vocabulary only, got {pred.placements}")
-    size, ranks, mesh = pred.shape[-1], pred.device_mesh.size(), pred.device_mesh
-    start = min(size, mesh.get_local_rank() * -(-size // ranks))
-    return deft_loss(pred.to_local(), labels, group=VocabShard(mesh.get_group(), start, size), **keywords)
+    if split:
+        start = min(size, mesh.get_local_rank(split[0]) * -(-size // mesh.size(split[0])))
+        keywords["group"] = VocabShard(mesh.get_group(split[0]), start, size)
+    if not is_dtensor(labels):
+        return deft_loss(pred.to_local(), labels, **keywords)
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    rows = [Replicate() if i in split else placement for i, placement in enumerate(pred.placements)]
+    loss = deft_loss(pred.to_local(), labels.redistribute(mesh, rows).to_local(), **keywords)
+    return DTensor.from_local(loss, mesh, [Partial() if p.is_shard() else p for p in rows], run_check=False)
 
 
 class DEFTLoss(BaseLoss):  # type: ignore[misc]  # torchtitan is untyped for mypy
@@ -40,7 +49,7 @@ class DEFTLoss(BaseLoss):  # type: ignore[misc]  # torchtitan is untyped for myp
         config.loss = ChunkedLossWrapper.Config(loss_fn=DEFTLoss.Config())      # logits in chunks only
 
     Raises: ValueError for an objective that takes a mean over the batch, which no call sees as a whole; for
-        the spmd_types backend with tensor parallelism.
+        a step compiled ahead of time; for the spmd_types backend with tensor parallelism.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -54,6 +63,11 @@ class DEFTLoss(BaseLoss):  # type: ignore[misc]  # torchtitan is untyped for myp
             raise ValueError(
                 f"objective: {objective.name} takes a mean over the batch, and torchtitan's loss sees a "
                 "micro-batch or a chunk of it; give cayley its mean_prob"
+            )
+        if getattr(compile_config, "precompile_artifact_dir", ""):
+            raise ValueError(
+                "precompile_artifact_dir: a step compiled ahead of time keeps the loss it was compiled with, "
+                "and torchtitan's fingerprint of it does not tell one loss from another; leave it empty"
             )
         self.fn = partial(summed, objective=objective)
         self._maybe_compile(compile_config)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import titan_device  # noqa: F401  torchtitan looks for its device once in a session
 import torch
 from pages import run_block, two_ranks
 from torchtitan.components.loss import ChunkedLossWrapper
@@ -47,7 +48,7 @@ def built(config, compile_config=None):
 def trained(accumulate, steps=3):
     """As torchtitan's train_step: the sum over the micro-batches, each over the global number of tokens."""
     model, (ids, labels) = Tiny(), data()
-    loss_fn = built(run_block("torchtitan")["loss"])
+    loss_fn = built(run_block("torchtitan")["llama3_deft"]().loss)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     losses = []
     for _ in range(steps):
@@ -80,7 +81,7 @@ def test_in_chunks_the_gradients_are_the_same():
     whole, chunked = Tiny(), Tiny()
     expected, _ = built(DEFTLoss.Config())(whole(ids), labels, tokens)
     expected.backward()
-    config = run_block("torchtitan", 1)["loss"]
+    config = run_block("torchtitan", 1)["llama3_deft_in_chunks"]().loss
     config.num_chunks = 4
     wrapper = built(config)
     assert isinstance(wrapper, ChunkedLossWrapper)
