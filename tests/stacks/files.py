@@ -61,6 +61,7 @@ class Observer(TrainerCallback):
     def __init__(self) -> None:
         self.rows: list[dict[str, Tensor]] = []
         self.logs: list[dict[str, float]] = []
+        self.history: list[dict[str, float]] = []
         self.parameters: dict[str, Tensor] = {}
 
     def on_train_begin(
@@ -70,4 +71,5 @@ class Observer(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any, **others: Any) -> None:
         self.logs = [entry for entry in state.log_history if "loss" in entry]
+        self.history = list(state.log_history)
         self.parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
