@@ -25,7 +25,8 @@ class DEFTLoss(MaskedCrossEntropy):  # type: ignore[misc]  # NeMo is untyped for
     Args: objective: as in `deft_loss`, its name in YAML; ignore_index, reduction ("sum", "mean", "none"):
         as `MaskedCrossEntropy`; temperature, z_loss, label_smoothing, inplace, backend: as in `deft_loss`.
     Shape: logits [B, T, V], labels [B, T], shifted already; a scalar, or [B, T] with reduction="none".
-    Raises: ValueError for num_label_tokens or loss_weights without reduction="sum".
+    Raises: ValueError for num_label_tokens or loss_weights without reduction="sum"; for an objective that
+        takes a mean over the batch, of which a call sees a micro-batch.
     """
 
     def __init__(
@@ -37,6 +38,11 @@ class DEFTLoss(MaskedCrossEntropy):  # type: ignore[misc]  # NeMo is untyped for
     ):
         super().__init__(fp32_upcast=False, ignore_index=ignore_index, reduction=reduction)
         self.objective = described(objective)
+        if isinstance(self.objective, Objective) and self.objective.needs_batch:
+            raise ValueError(
+                f"objective: {self.objective.name} takes a mean over the batch, and the recipes' loss sees a "
+                "micro-batch of it; give cayley its mean_prob"
+            )
         self.keywords = checked("DEFTLoss", KEYWORDS, keywords)
 
     def forward(

@@ -22,7 +22,7 @@ case $stack in
         ;;
     nemo)
         package="nemo-automodel==0.7.0"
-        needs=(transformers==5.18.0 pyyaml)
+        needs=(transformers==5.18.0 pyyaml datasets==5.2.0 torchdata torchao "mistral-common[hf-hub,sentencepiece]" tiktoken)
         ;;
     axolotl)
         # Its import needs most of what it pins; torch stays the one that is there.

@@ -1,4 +1,4 @@
-"""NeMo AutoModel's loss call, in the arguments of its recipes; their models and trainer are not run."""
+"""NeMo AutoModel's loss call, in the arguments of its recipes; test_nemo_recipe.py runs a recipe."""
 
 from __future__ import annotations
 
@@ -76,6 +76,9 @@ def test_what_cannot_be_honoured_raises():
         DEFTLoss(reduction="mean")(logits, labels, num_label_tokens=3)
     with pytest.raises(ValueError, match="loss_weights"):
         DEFTLoss()(logits, labels, loss_weights=torch.rand(T))
+    with pytest.raises(ValueError, match="mean_prob"):
+        DEFTLoss("cayley")
+    DEFTLoss(objectives.cayley(mean_prob=0.3))(logits, labels)
     with pytest.raises(TypeError, match="fp32_upcast"):
         DEFTLoss(fp32_upcast=True)
 
