@@ -41,11 +41,11 @@ def close(losses, parameters, whole):
         torch.testing.assert_close(parameters[name], p, rtol=1e-6, atol=1e-6)
 
 
-def oracle(folder, objective, parameters=None):
+def oracle(folder, objective, parameters=None, name="whole"):
     """The float64 reference on the logits of the trainer's own model, on its first batch."""
     titan.RUNS["folder"] = folder
     with titan.process_group():
-        trainer = titan.whole().build()
+        trainer = getattr(titan, name)().build()
         (model,) = trainer.model_parts
         trainer.checkpointer.load()
         if parameters is not None:
@@ -81,6 +81,16 @@ def test_in_chunks_and_validation_is_gated_too(folder, whole):
         close(run.losses, run.parameters, whole)
         assert len(run.validation) == 2
         assert run.validation[1] == pytest.approx(expected, rel=1e-6)
+
+
+def test_lora(folder):
+    """torchtitan's own adapters, on all linear layers and the head."""
+    expected = oracle(folder, "deft", name="lora")
+    run, chunked = titan.run(folder, "lora"), titan.run(folder, "lora_in_chunks")
+    assert run.losses[0] == pytest.approx(expected, rel=1e-6)
+    close(chunked.losses, chunked.parameters, run)
+    adapters = [p for name, p in run.parameters.items() if "lora_b" in name]
+    assert adapters and all(p.any() for p in adapters)  # they start as nothing
 
 
 def test_compiled_by_the_real_backend(folder, whole):

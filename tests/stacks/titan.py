@@ -23,11 +23,13 @@ import torch
 from pages import run_block
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torchtitan import train
+from torchtitan.components.lora import LoRAConverter
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.components.optimizer import default_adamw
 from torchtitan.components.validate import Validator
 from torchtitan.hf_datasets.text_datasets import ChatDataLoader
 from torchtitan.models.common.attention import ScaledDotProductAttention
+from torchtitan.models.llama3 import model_registry
 
 WORDS = [
     "the",
@@ -150,17 +152,25 @@ def chunked() -> Any:
     return small(run_block("torchtitan", 1)["llama3_deft_in_chunks"]())
 
 
+def lora() -> Any:
+    """Adapters on all linear layers, the head's too; the seed checkpoint has none."""
+    config = run_block("torchtitan")["llama3_deft"]()
+    config.model_spec = model_registry("debugmodel", converters=[LoRAConverter.Config(rank=4)])
+    config = small(config)
+    config.checkpoint.enable = False
+    return config
+
+
+def lora_in_chunks() -> Any:
+    config = lora()
+    config.loss = run_block("torchtitan", 1)["llama3_deft_in_chunks"]().loss
+    return config
+
+
 def seed() -> Any:
     config = whole()
     config.dump_folder, config.checkpoint.create_seed_checkpoint = str(RUNS["folder"] / "seed"), True
     config.checkpoint.load_only, config.checkpoint.initial_load_path = False, None
-    return config
-
-
-def other() -> Any:
-    """Any loss: RUNS["loss"] is its config."""
-    config = whole()
-    config.loss = RUNS["loss"]
     return config
 
 
