@@ -76,6 +76,11 @@ class DEFTLoss(BaseLoss):  # type: ignore[misc]  # torchtitan is untyped for myp
         self, pred: Tensor, labels: Tensor, global_valid_tokens: Tensor | None = None, **others: Any
     ) -> tuple[Tensor, dict[str, Tensor]]:
         _refuse_spmd_types()
+        if isinstance(pred, (list, tuple)):
+            raise TypeError(
+                "pred: is a list, so the model predicts several tokens ahead; the gated loss takes one "
+                "prediction a token, and torchtitan's MTPLoss, which is plain cross-entropy, takes such a list"
+            )
         return super().__call__(pred, labels, global_valid_tokens, **others)
 
 

@@ -117,6 +117,13 @@ def test_an_objective_of_the_batch_is_refused():
         built(DEFTLoss.Config(objective="def"))
 
 
+def test_several_tokens_ahead_are_refused():
+    ids, labels = data()
+    logits = Tiny()(ids)
+    with pytest.raises(TypeError, match="MTPLoss"):
+        built(DEFTLoss.Config())([logits, logits], labels, torch.tensor(5), positions=ids)
+
+
 def test_logits_split_by_tensor_parallelism(tmp_path):
     ids, labels = data()
     model = Tiny()

@@ -171,8 +171,10 @@ def test_a_step_compiled_ahead_of_time_is_refused(folder):
 
 
 def test_objectives_from_the_command_line(folder, whole):
-    run = titan.run(folder, "whole", "--loss.objective", "nll", "--training.steps", "1")
-    assert run.losses[0] == pytest.approx(oracle(folder, "nll"), rel=1e-6)
+    expected = oracle(folder, "nll")
+    for name, option in (("whole", "--loss.objective"), ("chunked", "--loss.loss-fn.objective")):
+        run = titan.run(folder, name, option, "nll", "--training.steps", "1")
+        assert run.losses[0] == pytest.approx(expected, rel=1e-6)
     for objective, message in (("cayley", "mean_prob"), ("def", "objective")):
         with pytest.raises(ValueError, match=message):
             titan.run(folder, "whole", "--loss.objective", objective)
