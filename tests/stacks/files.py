@@ -62,6 +62,7 @@ class Observer(TrainerCallback):
         self.rows: list[dict[str, Tensor]] = []
         self.logs: list[dict[str, float]] = []
         self.history: list[dict[str, float]] = []
+        self.rank = 0
         self.parameters: dict[str, Tensor] = {}
 
     def on_train_begin(
@@ -72,4 +73,5 @@ class Observer(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any, **others: Any) -> None:
         self.logs = [entry for entry in state.log_history if "loss" in entry]
         self.history = list(state.log_history)
+        self.rank = args.process_index
         self.parameters = {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -19,6 +19,7 @@ case $stack in
     llamafactory)
         package="llamafactory==0.9.5"
         needs=(transformers==5.5.4 trl==0.24.0 peft==0.18.1 accelerate==1.11.0 datasets==4.0.0 omegaconf fire einops)
+        needs+=(liger-kernel==0.8.1 jieba nltk rouge-chinese)
         ;;
     nemo)
         package="nemo-automodel==0.7.0"

@@ -87,18 +87,24 @@ def test_lora(folder, tmp_path, without_logits):
             assert torch.equal(parameter, before[name]), name
 
 
-@pytest.mark.parametrize("more", [["lm_head"], []], ids=["adapter", "modules_to_save"])
-def test_a_head_with_an_adapter_is_trained_or_refused(folder, tmp_path, more):
-    targets = {"lora_target_modules": ["q_proj", *more]}
-    if not more:
-        targets["lora_modules_to_save"] = ["lm_head", "embed_tokens"]
-    with pytest.raises(ValueError, match="deft_without_logits: set it to false.*lm_head: .*nn.Linear|remove"):
-        trained(folder, tmp_path / "hidden", deft_without_logits=True, **LORA, **targets)
-    run = trained(folder, tmp_path / "logits", **LORA, **targets)
-    of_head = {name: p for name, p in run.parameters.items() if "lm_head" in name}
-    trainable = next(p for name, p in of_head.items() if "lora_B" in name or "modules_to_save" in name)
-    assert not torch.equal(trainable, model_in(folder).lm_head.weight) and trainable.any()
+def test_a_head_with_an_adapter_is_trained_over_logits_only(folder, tmp_path):
+    settings = {**LORA, "lora_target_modules": ["q_proj", "lm_head"]}
+    with pytest.raises(ValueError, match="deft_without_logits: set it to false.*lm_head: carries an adapter"):
+        trained(folder, tmp_path / "hidden", deft_without_logits=True, **settings)
+    run = trained(folder, tmp_path / "logits", **settings)
+    assert any("lm_head.lora_B" in name and parameter.any() for name, parameter in run.parameters.items())
     assert run.logs[0]["loss"] == pytest.approx(oracle(model_in(folder), run.rows[0]), **CLOSE)
+
+
+@ROUTES
+def test_a_head_that_is_trained_whole_beside_adapters(folder, tmp_path, without_logits):
+    whole = {"lora_target_modules": ["q_proj"], "lora_modules_to_save": ["lm_head", "embed_tokens"]}
+    run = trained(folder, tmp_path, deft_without_logits=without_logits, **LORA, **whole)
+    heads = [p for name, p in run.parameters.items() if "lm_head.modules_to_save" in name]
+    before = model_in(folder).lm_head.weight
+    assert len(heads) == 1 and not torch.equal(heads[0], before)
+    assert run.logs[0]["loss"] == pytest.approx(oracle(model_in(folder), run.rows[0]), **CLOSE)
+    assert run.logs[2]["loss"] < run.logs[0]["loss"]
 
 
 @ROUTES
