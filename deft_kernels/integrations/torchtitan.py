@@ -79,7 +79,7 @@ class DEFTLoss(BaseLoss):  # type: ignore[misc]  # torchtitan is untyped for myp
         if isinstance(pred, (list, tuple)):
             raise TypeError(
                 "pred: is a list, so the model predicts several tokens ahead; the gated loss takes one "
-                "prediction a token, and torchtitan's MTPLoss, which is plain cross-entropy, takes such a list"
+                "prediction a token, and torchtitan's MTPLoss, which is plain cross-entropy, takes a list"
             )
         return super().__call__(pred, labels, global_valid_tokens, **others)
 
