@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from axolotl.core.trainers.base import AxolotlTrainer
@@ -51,6 +53,24 @@ def test_a_plugin_with_a_trainer_of_its_own_raises(folder, tmp_path):
     diffusion = "axolotl.integrations.diffusion.DiffusionPlugin"
     with pytest.raises(ValueError, match="DiffusionTrainer makes a loss of its own"):
         trained(folder, tmp_path, plugins=[PLUGIN, diffusion])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "core.trainers.mamba.AxolotlMambaTrainer",
+        "core.trainers.trl.AxolotlRewardTrainer",
+        "integrations.kd.trainer.AxolotlKDTrainer",
+        "integrations.hatchery.trainer.HatcheryTrainer",
+    ],
+)
+def test_axolotls_trainers_with_a_loss_of_their_own_are_known(name):
+    """Of the classes alone, as their models, data or servers are not here."""
+    module, _, name = f"axolotl.{name}".rpartition(".")
+    kind = getattr(importlib.import_module(module), name)
+    with pytest.raises(ValueError, match="makes a loss of its own"):
+        integration.check_class(kind.__new__(kind))
+    integration.check_class(AxolotlTrainer.__new__(integration.DeftTrainer))
 
 
 class Plain(AxolotlTrainer):
