@@ -8,7 +8,7 @@ import liger_kernel.transformers.functional as functional
 import pytest
 import torch
 from liger_kernel.transformers import apply_liger_kernel_to_gemma2
-from test_transformers import FAMILIES
+from test_models import FAMILIES
 from tiny import SIZES, V, batch, llama, losses, oracle, parameters, trainer
 from transformers import Trainer
 
