@@ -88,7 +88,7 @@ def recipe(folder: Path, changes: dict[str, Any]) -> Any:
         for part in path:
             section = section[part]
         section[last] = change
-    path = folder / "recipe.yaml"
+    path = folder / f"recipe.{os.environ.get('RANK', 0)}.yaml"  # each rank's own: none reads another's half
     path.write_text(yaml.safe_dump(settings))
     # As train_ft.main does, which does not return its trainer.
     trainer = train_ft.TrainFinetuneRecipeForNextTokenPrediction(load_yaml_config(path))
