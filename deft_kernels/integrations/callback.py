@@ -21,6 +21,8 @@ class ProofCallback(TrainerCallback):  # type: ignore[misc]  # transformers is u
     """
 
     def __init__(self, calls: Calls):
+        if not isinstance(calls, Calls):
+            raise TypeError(f"calls: expected a loss's calls, got {type(calls).__name__}")
         self.calls = calls
 
     def add_to(self, trainer: Any) -> None:
@@ -29,6 +31,9 @@ class ProofCallback(TrainerCallback):  # type: ignore[misc]  # transformers is u
         Raises: ValueError for a version of transformers that divides accumulated gradients twice.
         """
         refuse_dividing_twice(trainer)
+        for other in trainer.callback_handler.callbacks:
+            if isinstance(other, ProofCallback) and other.calls is self.calls:
+                raise ValueError("statistics: the trainer has a callback for it already, as apply adds one")
         trainer.add_callback(self)
         callbacks = trainer.callback_handler.callbacks
         callbacks.remove(self)
@@ -36,6 +41,7 @@ class ProofCallback(TrainerCallback):  # type: ignore[misc]  # transformers is u
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         refuse_label_smoothing(args)
+        self.calls.look()  # of a forward before training, or an earlier training
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         called, own_mean = self.calls.look()
@@ -69,12 +75,21 @@ class StatisticsCallback(ProofCallback):
     """
 
     def __init__(self, statistics: RunningStatistics):
+        if not isinstance(statistics, RunningStatistics):
+            raise TypeError(f"statistics: expected a RunningStatistics, got {type(statistics).__name__}")
         super().__init__(statistics.calls)
         self.statistics = statistics
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        super().on_train_begin(args, state, control, **others)
+        self.statistics.forget(training=True)
+
+    def on_predict(self, args: Any, state: Any, control: Any, metrics: Any, **others: Any) -> None:
+        self.statistics.forget(training=False)  # predict() logs nothing
+
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **others: Any) -> None:
         logs = {} if logs is None else logs
-        if "train_runtime" in logs:  # the summary at the end, of no interval
+        if "train_loss" in logs:  # the summary at the end, of no interval
             return
         if "loss" in logs:
             means = self.statistics.means(device=args.device)

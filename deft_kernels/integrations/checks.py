@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any
+
+from .aligned import is_encoder_decoder, refuse_aligned
 
 
 def check_trainer(trainer: Any) -> None:
@@ -13,15 +16,30 @@ def check_trainer(trainer: Any) -> None:
     check_settings(trainer)
 
 
-def check_caller(loss: Any) -> None:
+def check_caller(loss: Any, shift: bool) -> None:
     """`check_settings` of the trainer that calls `loss`, if one does.
 
     A loss that was given to a trainer without `apply` can see the trainer's settings nowhere but in the frame
     of its caller.
     """
-    caller = sys._getframe(2).f_locals.get("self")
-    if getattr(caller, "compute_loss_func", None) is loss:
-        check_settings(caller)
+    known = sys._getframe(2).f_locals
+    caller: Any = known.get("self")
+    if getattr(caller, "compute_loss_func", None) is not loss:
+        return
+    check_settings(caller)
+    check_labels(caller, shift)
+    made = {"decoder_input_ids", "decoder_inputs_embeds"}
+    inputs = known.get("inputs")
+    if isinstance(inputs, Mapping) and is_encoder_decoder(caller.model) and not made & inputs.keys():
+        raise ValueError(
+            "decoder_input_ids: not in the batch, and the trainer keeps the labels from the model, which "
+            "would decode its own input; use DataCollatorForSeq2Seq(tokenizer, model=model)"
+        )
+
+
+def check_labels(trainer: Any, shift: bool) -> None:
+    if shift:
+        refuse_aligned(trainer.model, "ComputeLoss")
 
 
 def check_settings(trainer: Any) -> None:

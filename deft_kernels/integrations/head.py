@@ -47,20 +47,34 @@ def innermost(model: Any, call: str) -> nn.Module:
     return decoder if isinstance(decoder, nn.Module) and decoder is not model else backbone(model, call)
 
 
-def plain_head(model: Any, call: str) -> nn.Linear:
-    """The output embeddings, if they are a matrix and nothing else; ValueError with the remedy if not."""
-    head = model.get_output_embeddings()
-    if hasattr(head, "modules_to_save") and not head.disable_adapters:
-        # PEFT keeps the head as it was beside the copy that is trained and used.
-        (active,) = head.active_adapters
-        head = head.modules_to_save[active]
+def refuse_adapter(head: Any, call: str) -> None:
+    """ValueError for a head that is a matrix and an adapter."""
     if hasattr(head, "base_layer"):
         raise ValueError(
             f"lm_head: carries an adapter ({type(head).__module__}.{type(head).__name__}), which {call} "
             "would leave out, as it multiplies by lm_head.weight: remove 'lm_head' from target_modules, or "
             + OWN_LOGITS
         )
-    own_forward = "forward" in vars(head) or type(head).forward is not nn.Linear.forward
+
+
+def plain_head(model: Any, call: str) -> nn.Linear:
+    """The output embeddings, if they are a matrix and nothing else; ValueError with the remedy if not."""
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(
+            f"model: {type(model).__name__} has no output embeddings, as {call} needs, so it is no language "
+            "model or keeps its head elsewhere; use transformers.apply(trainer)"
+        )
+    if hasattr(head, "modules_to_save") and not head.disable_adapters:
+        # PEFT keeps the head as it was beside the copy that is trained and used.
+        (active,) = head.active_adapters
+        head = head.modules_to_save[active]
+    refuse_adapter(head, call)
+    own_forward = (
+        "forward" in vars(head)
+        or hasattr(head, "parametrizations")
+        or type(head).forward is not nn.Linear.forward
+    )
     if not isinstance(head, nn.Linear) or own_forward:
         raise ValueError(
             f"lm_head: {call} needs a plain nn.Linear, got {type(head).__name__} with a forward of its own; "

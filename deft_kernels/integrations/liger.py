@@ -62,9 +62,10 @@ def install(
     if model is not None:
         bare = heads.bare(model, "liger.install")
         heads.plain_head(bare, "liger.install")
+        model = bare
         watch = Watch(heads.innermost(bare, "liger.install"), "liger.install")
         _watches.append(watch)
-    replacement = _Replacement(objective, statistics, watch, keywords)
+    replacement = _Replacement(objective, statistics, model, watch, keywords)
     setattr(functional, NAME, replacement)
     _original = original
 
@@ -89,10 +90,12 @@ class _Replacement:
         self,
         objective: Any,
         statistics: RunningStatistics | None,
+        model: Any,
         watch: Watch | None,
         keywords: dict[str, Any],
     ):
-        self.objective, self.statistics, self.watch, self.keywords = objective, statistics, watch, keywords
+        self.objective, self.statistics, self.keywords = objective, statistics, keywords
+        self.model, self.watch = model, watch
 
     def __call__(
         self,
@@ -123,8 +126,10 @@ class _Replacement:
         for name, (asked, remedy) in refused.items():
             if asked:
                 raise ValueError(f"{name}: not available with the gated loss: {remedy}")
-        if self.watch is not None:
-            self.watch.seen()
+        if self.model is not None:
+            heads.refuse_adapter(
+                self.model.get_output_embeddings(), "liger.install"
+            )  # it may come after install
         keywords: dict[str, Any] = {
             **self.keywords,
             "objective": self.objective,
@@ -136,12 +141,15 @@ class _Replacement:
             "softcap": softcap,
         }
         if self.statistics is None and not return_token_accuracy:
-            return fused_linear_deft_loss(input, weight, target, bias, **keywords)
-        loss, stats = fused_linear_deft_loss(input, weight, target, bias, return_stats=True, **keywords)
-        valid = target != ignore_index
+            loss = fused_linear_deft_loss(input, weight, target, bias, **keywords)
+        else:
+            loss, stats = fused_linear_deft_loss(input, weight, target, bias, return_stats=True, **keywords)
+            valid = target != ignore_index
         if self.statistics is not None:
-            self.statistics.update(stats, valid)
-            self.statistics.calls.note(own_mean=reduction == "mean")
+            self.statistics.add(stats, valid)
+            self.statistics.calls.note(loss, own_mean=reduction == "mean")
+        if self.watch is not None and torch.is_grad_enabled():
+            self.watch.seen(loss)
         if not return_token_accuracy:
             return loss
         from liger_kernel.transformers.functional import CrossEntropyOutput

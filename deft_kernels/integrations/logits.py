@@ -31,11 +31,12 @@ class _OfLogits:
         self.objective = described(objective)
         self.statistics = recorder(statistics)
         self.calls = Calls() if self.statistics is None else self.statistics.calls
+        if not isinstance(shift, bool):
+            raise TypeError(f"shift: expected a bool, got {type(shift).__name__}")
         self.shift = shift
         self.keywords = checked(type(self).__name__, OF_LOGITS, keywords)
 
     def _loss(self, logits: Tensor, labels: Tensor, shift: bool, num_items: Any, ignore_index: int) -> Tensor:
-        self.calls.note(own_mean=num_items is None)
         labels = labels.to(logits.device)
         settings = {"shift": shift, "ignore_index": ignore_index, "num_items": denominator(num_items, logits)}
         weight = self.keywords.get("weight")
@@ -43,9 +44,11 @@ class _OfLogits:
             settings["weight"] = weight.to(logits.device)
         keywords: dict[str, Any] = {"objective": self.objective, **self.keywords, **settings}
         if self.statistics is None:
-            return deft_loss(logits, labels, **keywords)
-        loss, stats = deft_loss(logits, labels, return_stats=True, **keywords)
-        self.statistics.update(stats, counted(labels, shift, ignore_index))
+            loss = deft_loss(logits, labels, **keywords)
+        else:
+            loss, stats = deft_loss(logits, labels, return_stats=True, **keywords)
+            self.statistics.add(stats, counted(labels, shift, ignore_index))
+        self.calls.note(loss, own_mean=num_items is None)
         return loss
 
 
@@ -64,7 +67,7 @@ class ComputeLoss(_OfLogits):
     """
 
     def __call__(self, outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Tensor:
-        check_caller(self)
+        check_caller(self, self.shift)
         if isinstance(outputs, Mapping):
             logits = outputs.get("logits")
         else:
@@ -81,7 +84,7 @@ class ComputeLoss(_OfLogits):
             raise ValueError(
                 "output_router_logits: the model adds its router's auxiliary loss only to a loss of its own, "
                 "so compute_loss_func would drop it; use set_loss_function(model), or "
-                "output_router_logits=False"
+                "output_router_logits=False (TRL before 1.15: SFTConfig(router_aux_loss_coef=0.0))"
             )
         if self.shift and getattr(outputs, "encoder_last_hidden_state", None) is not None:
             raise ValueError(
@@ -117,14 +120,17 @@ class ForCausalLM(_OfLogits):
                     f"{name}: give it to ForCausalLM or set_loss_function, not to the model's call"
                 )
         if vocab_size is not None and logits.shape[-1] != vocab_size:
-            raise ValueError(f"vocab_size: is {vocab_size}, the logits have shape {tuple(logits.shape)}")
-        if self.watch is not None:
-            self.watch.seen()
+            raise ValueError(
+                f"vocab_size: is {vocab_size!s:.20}, the logits have shape {tuple(logits.shape)}"
+            )
         target = labels if shift_labels is None else shift_labels
         if target is None:
             raise ValueError("labels: None, and no shift_labels either")
         shift = self.shift and shift_labels is None
-        return self._loss(logits, target, shift, num_items_in_batch, ignore_index)
+        loss = self._loss(logits, target, shift, num_items_in_batch, ignore_index)
+        if self.watch is not None:
+            self.watch.seen(loss)
+        return loss
 
 
 compute_loss_func = ComputeLoss()

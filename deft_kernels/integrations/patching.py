@@ -13,6 +13,7 @@ from ..calls import RowLoss
 from ..linear import fused_linear_deft_loss
 from ..objectives import Objective
 from . import head as heads
+from .aligned import refuse_aligned
 from .logits import ForCausalLM
 from .proof import Calls
 from .running import RunningStatistics
@@ -41,6 +42,8 @@ def set_loss_function(
     loss = ForCausalLM(objective, statistics=statistics, **keywords)
     bare = heads.bare(model, "set_loss_function")
     _unpatched(bare)
+    if loss.shift:
+        refuse_aligned(bare, "set_loss_function")
     loss.watch = Watch(heads.innermost(bare, "set_loss_function"), "set_loss_function")
     bare.loss_function = loss
     setattr(bare, RECORD, loss)
@@ -70,8 +73,8 @@ class _OfHidden:
         call = dict(zip(self.names, args, strict=False)) | keywords
         labels, aligned = call.pop("labels", None), call.pop("shift_labels", None)
         num_items = call.pop("num_items_in_batch", None)
+        ignore_index = call.pop("ignore_index", -100)
         _refuse(model, call, labels is None and aligned is None)
-        self.calls.note(own_mean=num_items is None)
         outputs = heads.backbone(model, "patch_model")(**call)
         head = heads.plain_head(model, "patch_model")
         hidden = outputs.last_hidden_state.to(head.weight.device)
@@ -79,7 +82,7 @@ class _OfHidden:
         target = (labels if shift else aligned).to(hidden.device)
         settings: dict[str, Any] = {"objective": self.objective, "shift": shift, **self.keywords}
         settings |= {"logit_scale": self.scale, "softcap": self.softcap}
-        settings["num_items"] = denominator(num_items, hidden)
+        settings |= {"num_items": denominator(num_items, hidden), "ignore_index": ignore_index}
         if settings.get("class_weight") is not None:
             settings["class_weight"] = settings["class_weight"].to(hidden.device)
         if self.statistics is None:
@@ -88,8 +91,9 @@ class _OfHidden:
             loss, stats = fused_linear_deft_loss(
                 hidden, head.weight, target, head.bias, return_stats=True, **settings
             )
-            self.statistics.update(stats, counted(target, shift, -100))
-        self.watch.seen()
+            self.statistics.add(stats, counted(target, shift, settings["ignore_index"]))
+        self.calls.note(loss, own_mean=num_items is None)
+        self.watch.seen(loss)
         others = ("past_key_values", "hidden_states", "attentions")
         return CausalLMOutputWithPast(loss=loss, **{name: getattr(outputs, name, None) for name in others})
 
@@ -101,6 +105,9 @@ def _refuse(model: Any, call: dict[str, Any], no_labels: bool) -> None:
             "compute_loss_func and label_smoothing_factor, which take them away (pass label_smoothing= to "
             "patch_model), or call unpatch_model(model)"
         )
+    for name in (*OF_HIDDEN, "weight", "reduction", "token_weight", "softcap", "logit_scale"):
+        if name in call:
+            raise TypeError(f"{name}: give it to patch_model, not to the model's call")
     if call.pop("return_dict", None) is False:
         raise ValueError("return_dict: a patched model returns a ModelOutput; leave return_dict=False out")
     kept = call.pop("logits_to_keep", 0)
@@ -147,8 +154,7 @@ def patch_model(
             "model: its forward has been replaced already (by Liger, TRL, accelerate or a device map); patch "
             "the model before them, or use deft_kernels.integrations.liger.install() or .trl.apply(trainer)"
         )
-    if getattr(bare.config, "is_encoder_decoder", False):
-        raise ValueError("model: is an encoder-decoder model; use ComputeLoss(shift=False)")
+    refuse_aligned(bare, "patch_model")
     text = bare.config.get_text_config() if hasattr(bare.config, "get_text_config") else bare.config
     _refuse(bare, {"output_router_logits": getattr(text, "output_router_logits", False)}, False)
     loss = _OfHidden(bare, objective, statistics, keywords)
@@ -158,7 +164,11 @@ def patch_model(
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.training and torch.is_grad_enabled():
             return getattr(self, RECORD)(self, args, kwargs)
-        return type(self).forward(self, *args, **kwargs)
+        outputs = type(self).forward(self, *args, **kwargs)
+        plain = getattr(outputs, "loss", None)
+        if isinstance(plain, Tensor) and plain.requires_grad and not torch.compiler.is_compiling():
+            plain.register_hook(_in_eval_mode)
+        return outputs
 
     forward.__signature__ = inspect.signature(type(bare).forward)  # type: ignore[attr-defined]
     setattr(bare, RECORD, loss)
@@ -169,6 +179,13 @@ def calls_of(model: Any) -> Calls:
     """What the gated loss that a model was given has been called with, for a `ProofCallback`."""
     calls: Calls = vars(heads.bare(model, "calls_of"))[RECORD].calls
     return calls
+
+
+def _in_eval_mode(_gradient: Tensor) -> None:
+    raise RuntimeError(
+        "model: is in eval mode, in which a patched model makes its own plain cross-entropy, and would train "
+        "it; call model.train() (from_pretrained gives a model in eval mode)"
+    )
 
 
 def unpatch_model(model: Any) -> None:

@@ -31,6 +31,12 @@ class RunningStatistics:
 
     def update(self, stats: RowStatistics, valid: Tensor) -> None:
         """Add the rows of one call. stats: [...]; valid: [...], bool, the rows whose label counts."""
+        self.add(stats, valid)
+        if torch.is_grad_enabled():
+            self.calls.note_used()
+
+    def add(self, stats: RowStatistics, valid: Tensor) -> None:
+        """As `update`, for a loss that itself notes whether it is trained."""
         # Ignored rows hold zeros. Doubles, because a long interval between logs counts more tokens than
         # fp32 can; Apple's devices have none.
         dtype = torch.float32 if stats.logp.device.type == "mps" else torch.float64
@@ -48,7 +54,10 @@ class RunningStatistics:
         training = torch.is_grad_enabled()
         before = self._sums.get(training)
         self._sums[training] = sums if before is None else before + sums
-        self.calls.note()
+
+    def forget(self, training: bool) -> None:
+        """Drop what was added since the last `means`."""
+        self._sums.pop(training, None)
 
     def means(self, training: bool = True, device: torch.device | str = "cpu") -> dict[str, float]:
         """Means over the tokens of all ranks since the last call, which they forget; {} when there were none.

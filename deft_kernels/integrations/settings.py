@@ -28,6 +28,9 @@ def checked(call: str, known: tuple[str, ...], keywords: dict[str, Any]) -> dict
                 f"{name}: not a keyword of {call}; known: {', '.join(known)} (reduction, shift, num_items "
                 "and ignore_index follow from what the trainer passes)"
             )
+    for name in ("weight", "class_weight"):
+        if not isinstance(keywords.get(name), (Tensor, type(None))):
+            raise TypeError(f"{name}: expected a tensor of [V], got {type(keywords[name]).__name__}")
     return dict(keywords)
 
 

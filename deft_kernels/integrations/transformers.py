@@ -13,7 +13,7 @@ from typing import Any
 
 from ..calls import RowLoss
 from ..objectives import Objective
-from .checks import check_trainer
+from .checks import check_labels, check_trainer
 from .logits import ComputeLoss, ForCausalLM, compute_loss_func, for_causal_lm
 from .patching import patch_model, set_loss_function, unpatch_model
 from .running import RunningStatistics
@@ -45,7 +45,8 @@ def apply(
         trainer whose own compute_loss goes past the loss raises either way.
     Returns: the loss's `RunningStatistics`, those that are logged.
     Raises: ValueError for settings that would be ignored: a compute_loss_func of its own,
-        label_smoothing_factor, Liger's fused flag, context parallelism; each with what to do.
+        label_smoothing_factor, Liger's fused flag, context parallelism; for a model whose labels are
+        aligned with its logits, without shift=False; each with what to do. TypeError for another trainer.
     """
     from .callback import ProofCallback, StatisticsCallback
 
@@ -53,7 +54,10 @@ def apply(
     loss = ComputeLoss(objective, statistics=statistics, **keywords)
     if type(trainer).__module__.startswith("trl."):
         raise ValueError("trainer: is TRL's; use deft_kernels.integrations.trl.apply(trainer)")
+    if not hasattr(trainer, "compute_loss_func"):
+        raise TypeError(f"trainer: expected a transformers Trainer, got {type(trainer).__name__}")
     check_trainer(trainer)
+    check_labels(trainer, loss.shift)
     trainer.compute_loss_func = loss
     callback = StatisticsCallback(statistics) if log_statistics else ProofCallback(statistics.calls)
     callback.add_to(trainer)

@@ -118,6 +118,21 @@ def _rewrite(trainer: Any, objective: Any, statistics: RunningStatistics, keywor
     model.forward = types.MethodType(forward, model)
 
 
+def _without_num_items() -> bool:
+    """Whether the SFTTrainer that runs this forward was given no number of items to divide by.
+
+    A compute_loss of the user's own may have dropped it; only the trainer's frame tells.
+    """
+    import trl
+
+    if torch.compiler.is_compiling():
+        return False
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not trl.SFTTrainer.compute_loss.__code__:
+        frame = frame.f_back
+    return frame is not None and frame.f_locals.get("num_items_in_batch") is None
+
+
 class _GatedLogProbs:
     """Outputs of the fused head, with minus the gated loss where the log-probabilities were."""
 
@@ -137,6 +152,7 @@ class _GatedLogProbs:
             logp, outputs.log_sum_sq_probs, entropy=outputs.entropy, objective=self.objective, valid=mask
         )
         self._record(logp.detach(), outputs)
+        self.statistics.calls.note(rows, own_mean=_without_num_items())
         # The model's own loss is left out: what is not there cannot be trained by mistake.
         return type(outputs)(**{**outputs, "log_probs": -rows, "loss": None})
 
@@ -153,6 +169,6 @@ class _GatedLogProbs:
         gate, alpha = value.gate.masked_fill(dropped, 0.0), value.alpha.masked_fill(~mask, 0.0)
         unknown = torch.zeros_like(logp)
         top1 = outputs.is_top1.bool()
-        self.statistics.update(
+        self.statistics.add(
             RowStatistics(logp, unknown, collision, entropy, unknown, top1, alpha, gate), mask
         )

@@ -62,6 +62,20 @@ def test_patching_takes_positional_arguments_and_aligned_labels():
     assert outputs.logits is None
 
 
+def test_patching_takes_the_calls_ignore_index_and_no_keyword_of_the_loss():
+    rows = batch()
+    rows["labels"][rows["labels"] == -100] = 7
+    results = []
+    for give in (integration.set_loss_function, integration.patch_model):
+        model = llama().train()
+        give(model)
+        results.append(model(**rows, ignore_index=7).loss.item())
+        with pytest.raises(TypeError, match="label_smoothing: give it to"):
+            model(**rows, label_smoothing=0.1)
+    rows["labels"][rows["labels"] == 7] = -100
+    assert results == [pytest.approx(oracle(llama(), rows), rel=1e-5)] * 2
+
+
 def test_for_causal_lm_takes_aligned_labels():
     logits, labels = torch.randn(2, 5, V), torch.randint(0, V, (2, 5))
     aligned = F.pad(labels, (0, 1), value=-100)[:, 1:]

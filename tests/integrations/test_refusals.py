@@ -6,9 +6,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from routes import ROUTES, prepared
-from tiny import SIZES, V, batch, llama, oracle, parameters, trainer
-from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from tiny import SIZES, V, batch, examples, llama, losses, oracle, parameters, trainer
+from transformers import (
+    BartConfig,
+    BartForCausalLM,
+    BartForConditionalGeneration,
+    LlamaForCausalLM,
+    LlamaForTokenClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
+from deft_kernels import objectives, reference
 from deft_kernels.integrations import transformers as integration
 from deft_kernels.integrations.callback import StatisticsCallback
 from deft_kernels.integrations.running import RunningStatistics
@@ -202,3 +211,74 @@ def test_calls_of_a_patched_model():
         model(**rows, return_dict=False)
     with pytest.raises(ValueError, match="logits_to_keep"):
         model(**rows, logits_to_keep=1)
+
+
+BART = {
+    "vocab_size": V,
+    "d_model": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "max_position_embeddings": 32,
+}
+BART |= {f"{part}_{name}": 2 for part in ("encoder", "decoder") for name in ("attention_heads", "ffn_dim")}
+
+
+def bart(make):
+    torch.manual_seed(0)
+    return make(BartConfig(**BART, dropout=0.0, pad_token_id=0, bos_token_id=1, eos_token_id=2))
+
+
+@pytest.mark.parametrize("make", [BartForCausalLM, BartForConditionalGeneration])
+def test_models_whose_labels_are_aligned(make, tmp_path):
+    for give in (integration.patch_model, integration.set_loss_function):
+        with pytest.raises(ValueError, match=r"shift: .* aligned.*apply\(trainer, shift=False\)"):
+            give(bart(make))
+    run = trainer(tmp_path, bart(make))
+    with pytest.raises(ValueError, match="shift: .* aligned"):
+        integration.apply(run)
+    run.compute_loss_func = integration.compute_loss_func
+    with pytest.raises(ValueError, match="shift: .* aligned"):
+        run.train()
+
+
+def test_models_of_another_task(tmp_path):
+    model = LlamaForTokenClassification(llama().config)
+    with pytest.raises(ValueError, match="shift: .* aligned"):
+        integration.apply(trainer(tmp_path, model))
+    with pytest.raises(ValueError, match="shift: .* aligned"):
+        integration.patch_model(model)
+
+
+def test_an_encoder_decoder_without_the_decoders_input(tmp_path):
+    """The trainer takes the labels away from the model, which would decode its input instead of them."""
+    model = bart(BartForConditionalGeneration)
+    run = trainer(tmp_path, model)
+    integration.apply(run, shift=False)
+    with pytest.raises(ValueError, match="decoder_input_ids.*DataCollatorForSeq2Seq"):
+        run.train()
+    rows = examples()
+    for row in rows:
+        row["decoder_input_ids"] = F.pad(row["input_ids"][:-1], (1, 0), value=2)
+    run = trainer(tmp_path, model, max_steps=1)
+    run.train_dataset = rows
+    integration.apply(run, shift=False)
+    first = {name: torch.stack([row[name] for row in rows[:8]]) for name in rows[0]}
+    labels = first.pop("labels")
+    with torch.no_grad():
+        expected, _ = reference.loss(
+            model.eval()(**first).logits.double(), labels, objective=objectives.resolve("deft")
+        )
+    run.train()
+    assert losses(run) == [pytest.approx(float(expected), rel=1e-5)]
+
+
+def test_what_is_no_trainer_and_no_tensor():
+    for wrong in (None, llama()):
+        with pytest.raises(TypeError, match="trainer: expected a transformers Trainer"):
+            integration.apply(wrong)
+    with pytest.raises(TypeError, match="class_weight: expected a tensor"):
+        integration.patch_model(llama(), class_weight=[1.0, 2.0])
+    with pytest.raises(TypeError, match="weight: expected a tensor"):
+        integration.ComputeLoss(weight=[1.0, 2.0])
+    with pytest.raises(TypeError, match="shift: expected a bool"):
+        integration.ComputeLoss(shift="no")

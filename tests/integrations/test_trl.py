@@ -195,6 +195,22 @@ class TestRefusals:
         with pytest.raises(ValueError, match="already"):
             integration.apply(run)
 
+    def test_a_compute_loss_that_drops_the_number_of_items(self, tmp_path, tokenizer):
+        class Forgetful(SFTTrainer):
+            def compute_loss(self, model, inputs, return_outputs=False, **others):
+                return super().compute_loss(model, inputs, return_outputs)
+
+        like = prepared(
+            tmp_path, tokenizer, per_device_train_batch_size=2, gradient_accumulation_steps=4, max_steps=1
+        )
+        dataset = Dataset.from_list(TEXTS)
+        run = Forgetful(model=llama(), args=like.args, train_dataset=dataset, processing_class=tokenizer)
+        integration.apply(run)
+        before = parameters(run.model)
+        with pytest.raises(RuntimeError, match="num_items_in_batch"):
+            run.train()
+        assert all(torch.equal(p, before[name]) for name, p in run.model.named_parameters())
+
     def test_another_trainer(self, tmp_path):
         from tiny import trainer
 
