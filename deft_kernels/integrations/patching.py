@@ -36,7 +36,8 @@ def set_loss_function(
         others as in `ComputeLoss`. Used in evaluation too, so eval_loss is gated.
     Raises: TypeError for another model; ValueError for one that has been given a loss already. In the first
         training step that does not come to the loss (Liger's fused flag, TRL >= 1.15, labels taken out of the
-        forward): RuntimeError with what to do, before any parameter changes.
+        forward): RuntimeError with what to do, before any parameter changes; with a frozen backbone or under
+        torch.compile in the second step.
     Memory: the model's logits, whole; as `deft_loss`.
     """
     loss = ForCausalLM(objective, statistics=statistics, **keywords)
