@@ -17,8 +17,9 @@ from axolotl.cli.config import load_cfg
 from axolotl.common.datasets import load_datasets
 from axolotl.integrations.base import PluginManager
 from axolotl.train import train
-from files import WORDS, Observer
+from files import Observer
 from pages import blocks
+from words import WORDS
 
 from deft_kernels.integrations.axolotl import DeftPlugin
 

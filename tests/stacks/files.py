@@ -8,27 +8,10 @@ from typing import Any
 
 import torch
 from tiny import SIZES, llama
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from words import WORDS, trained_tokenizer
 
-WORDS = [
-    "the",
-    "a",
-    "cat",
-    "dog",
-    "bird",
-    "sees",
-    "eats",
-    "likes",
-    "runs",
-    "sleeps",
-    "red",
-    "blue",
-    "old",
-    "small",
-    "and",
-]
 # As many examples as a step takes: each step is all of them, in whatever order a stack shuffles them.
 ALPACA = [
     {"instruction": f"the {WORDS[2 + i % 3]}", "input": "", "output": " ".join(WORDS[i : i + 3 + i % 4])}
@@ -38,11 +21,7 @@ ALPACA = [
 
 def save(folder: Path) -> None:
     """folder/model: model and tokenizer; folder/data: alpaca.jsonl, and LLaMA-Factory's dataset_info.json."""
-    tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = ["<pad>", "<s>", "</s>", "<unk>"]
-    trainer = trainers.WordLevelTrainer(vocab_size=SIZES["vocab_size"], special_tokens=special)
-    tokenizer.train_from_iterator([" ".join(WORDS)], trainer)
+    tokenizer = trained_tokenizer(SIZES["vocab_size"], ["<pad>", "<s>", "</s>", "<unk>"])
     names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder / "model")
     llama().save_pretrained(folder / "model")
@@ -75,3 +54,13 @@ class Observer(TrainerCallback):
         self.history = list(state.log_history)
         self.rank = args.process_index
         self.parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def assert_only_adapters_were_trained(run: Observer, folder: Path) -> None:
+    before = model_in(folder).state_dict()
+    for name, parameter in run.parameters.items():
+        if "lora_B" in name:
+            assert parameter.any(), f"{name} was not trained"
+        elif "lora" not in name:
+            name = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            assert torch.equal(parameter, before[name]), name

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from axolotl_runs import alpaca, completions, trained, written
-from files import model_in, save
+from files import assert_only_adapters_were_trained, model_in, save
 from pages import two_ranks
 from tiny import oracle
 from transformers import AutoModelForCausalLM
@@ -78,13 +78,7 @@ def test_lora(folder, tmp_path, without_logits):
     # A new adapter adds nothing yet.
     assert run.logs[0]["loss"] == pytest.approx(oracle(model_in(folder), rows), **CLOSE)
     assert run.logs[2]["loss"] < run.logs[0]["loss"]
-    before = model_in(folder).state_dict()
-    for name, parameter in run.parameters.items():
-        if "lora_B" in name:
-            assert parameter.any(), f"{name} was not trained"
-        elif "lora" not in name:
-            name = name.removeprefix("base_model.model.").replace(".base_layer", "")
-            assert torch.equal(parameter, before[name]), name
+    assert_only_adapters_were_trained(run, folder)
 
 
 def test_a_head_with_an_adapter_is_trained_over_logits_only(folder, tmp_path):

@@ -21,7 +21,6 @@ from typing import Any
 import titan_device  # noqa: F401  the device, before torchtitan looks for one
 import torch
 from pages import run_block
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torchtitan import train
 from torchtitan.components.lora import LoRAConverter
 from torchtitan.components.metrics import MetricsProcessor
@@ -30,34 +29,15 @@ from torchtitan.components.validate import Validator
 from torchtitan.hf_datasets.text_datasets import ChatDataLoader
 from torchtitan.models.common.attention import ScaledDotProductAttention
 from torchtitan.models.llama3 import model_registry
+from words import WORDS, trained_tokenizer
 
-WORDS = [
-    "the",
-    "a",
-    "cat",
-    "dog",
-    "bird",
-    "sees",
-    "eats",
-    "likes",
-    "runs",
-    "sleeps",
-    "red",
-    "blue",
-    "old",
-    "small",
-    "and",
-]
 SEQ_LEN = 32
 RUNS: dict[str, Any] = {}  # what the configuration functions below are told by `run`
 
 
 def save(folder: Path) -> None:
     """folder/tokenizer, and folder/data.jsonl with eight examples of which each fills a sequence."""
-    tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.WordLevelTrainer(vocab_size=64, special_tokens=["<s>", "</s>", "<unk>"])
-    tokenizer.train_from_iterator([" ".join(WORDS)], trainer)
+    tokenizer = trained_tokenizer(64, ["<s>", "</s>", "<unk>"])
     (folder / "tokenizer").mkdir()
     tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
     template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
