@@ -152,4 +152,5 @@ if __name__ == "__main__":
     gradient = weight.grad.full_tensor()
     if mesh.get_rank() == 0:
         torch.save((loss.detach(), gradient), Path(sys.argv[1]))
+    torch.distributed.barrier()  # a rank that takes its groups down while the other still sends is aborted
     torch.distributed.destroy_process_group()
