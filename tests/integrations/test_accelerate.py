@@ -76,4 +76,5 @@ if __name__ == "__main__":
     result = trained(2, 2)
     if torch.distributed.get_rank() == 0:
         torch.save(result, Path(sys.argv[1]))
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()

@@ -113,6 +113,7 @@ def finished(trainer: Any, folder: Path) -> tuple[list[float], list[float], dict
         if trainer.dist_env.is_main and file.exists():
             log.extend(json.loads(line)[key] for line in file.read_text().splitlines())
             file.unlink()
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     return logs[0], logs[1], parameters
 

@@ -270,6 +270,7 @@ def main(folder: Path) -> None:
             losses = trained(model, parts=4)
             torch.save((losses, parameters(model)), folder / f"{case}{rank}.pt")
         parallel_state.destroy_model_parallel()
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 

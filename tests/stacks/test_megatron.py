@@ -139,4 +139,5 @@ if __name__ == "__main__":
     for fused in (False, True):
         rank = torch.distributed.get_rank()
         torch.save(trained(2, fused), Path(sys.argv[1]) / f"{fused}{rank}.pt")
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
