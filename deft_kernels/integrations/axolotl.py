@@ -36,11 +36,8 @@ REFUSED = {
     "liger_fused_linear_cross_entropy": "makes no logits; set it to false, and deft_without_logits: true",
     "label_smoothing_factor": "the trainer's own smoothing replaces the gated loss or is ignored",
 }
-# Degrees of parallelism, and whether the loss over logits can do with them.
-PARALLEL = {
-    "context_parallel_size": "the loss would see a part of each sequence and cannot shift its labels",
-    "sequence_parallel_degree": "the loss would see a part of each sequence and cannot shift its labels",
-}
+# Degrees of parallelism under which a rank has a part of each sequence.
+PARALLEL = ("context_parallel_size", "sequence_parallel_degree")
 
 
 class DeftArgs(BaseModel):  # type: ignore[misc]  # pydantic may be absent where mypy runs
@@ -162,9 +159,11 @@ def check(cfg: Any) -> None:
     for key, remedy in REFUSED.items():
         if cfg.get(key):
             raise ValueError(f"{key}: not together with the gated loss: {remedy}")
-    for key, why in PARALLEL.items():
+    for key in PARALLEL:
         if (cfg.get(key) or 1) > 1:
-            raise ValueError(f"{key}: {why}; set it to 1")
+            raise ValueError(
+                f"{key}: the loss would see a part of each sequence and cannot shift its labels; set it to 1"
+            )
     if cfg.get("deft_without_logits") and (cfg.get("tensor_parallel_size") or 1) > 1:
         raise ValueError(
             "tensor_parallel_size: deft_without_logits multiplies by the head's whole weight, past what "

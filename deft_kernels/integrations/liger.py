@@ -127,9 +127,8 @@ class _Replacement:
             if asked:
                 raise ValueError(f"{name}: not available with the gated loss: {remedy}")
         if self.model is not None:
-            heads.refuse_adapter(
-                self.model.get_output_embeddings(), "liger.install"
-            )  # it may come after install
+            # An adapter may come after install.
+            heads.refuse_adapter(self.model.get_output_embeddings(), "liger.install")
         keywords: dict[str, Any] = {
             **self.keywords,
             "objective": self.objective,
