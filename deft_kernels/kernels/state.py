@@ -17,7 +17,7 @@ logits a load, and lanes meet once a row: no barrier and no shuffle in the loop.
 import triton
 import triton.language as tl
 
-from .device import LOWEST, MASKED_LOGIT, comparable, exp2, finite, fma, softcapped, widened
+from .device import INTERPRETED, LOWEST, MASKED_LOGIT, comparable, exp2, finite, fma, softcapped, widened
 
 
 @triton.jit
@@ -83,6 +83,20 @@ def absorb(
 
 
 @triton.jit
+def add_pairs(s, u, other_s, other_u):
+    return s + other_s, u + other_u
+
+
+@triton.jit
+def both_sums(s, u, MODE: tl.constexpr):
+    """Sums of two vectors over the lanes, in one meeting of the warps instead of two."""
+    if MODE == INTERPRETED:
+        return tl.sum(s, 0), tl.sum(u, 0)
+    else:
+        return tl.reduce((s, u), 0, add_pairs)
+
+
+@triton.jit
 def absorb_four(
     z0, z1, z2, z3, peak, offset, s, u, t, k, ENTROPY: tl.constexpr, MODE: tl.constexpr
 ):  # fmt: skip
@@ -106,9 +120,9 @@ def absorb_four(
 
 
 @triton.jit
-def load_tail(row_ptr, columns, stop, EVICT: tl.constexpr):
+def load_tail(row_ptr, columns, stop):
     """A tile in the logits' own dtype; columns from `stop` on are -inf."""
-    return tl.load(row_ptr + columns, mask=columns < stop, other=float("-inf"), eviction_policy=EVICT)
+    return tl.load(row_ptr + columns, mask=columns < stop, other=float("-inf"))
 
 
 @triton.jit
@@ -125,10 +139,12 @@ def reduce_row(
 
     TAIL: the columns after the last full turn are loaded at once, as one more turn under a mask, and rows
     that need no peeling begin with a full turn: fewer loads wait for each other.
-    NEAR: the row will be read again soon, and asks the L2 cache to keep it.
+    NEAR: the row will be read again soon; the L2 cache is asked to keep this many of its columns and to drop
+    the others first. Rows in flight that do not all fit would otherwise push each other out, whole.
     """
     TILE: tl.constexpr = LANES * WIDTH
-    EVICT: tl.constexpr = "evict_last" if NEAR else ""
+    KEEP: tl.constexpr = "evict_last" if NEAR > 0 else ""
+    DROP: tl.constexpr = "evict_first" if NEAR > 0 else ""
     tile = (tl.arange(0, LANES) * WIDTH)[:, None] + tl.arange(0, WIDTH)[None, :]
     peak = tl.full((LANES,), float("-inf"), tl.float32)
     offset = tl.full((LANES,), LOWEST, tl.float32)
@@ -146,20 +162,29 @@ def reduce_row(
         first += TILE
 
     if not (SOFTCAP or SMOOTHED):
+        if NEAR > 0:
+            kept = tl.minimum(start + NEAR, stop)
+            while first + 4 * TILE <= kept:
+                z0 = tl.load(row_ptr + first + tile, eviction_policy=KEEP)
+                z1 = tl.load(row_ptr + first + TILE + tile, eviction_policy=KEEP)
+                z2 = tl.load(row_ptr + first + 2 * TILE + tile, eviction_policy=KEEP)
+                z3 = tl.load(row_ptr + first + 3 * TILE + tile, eviction_policy=KEEP)
+                peak, offset, s, u, t = absorb_four(z0, z1, z2, z3, peak, offset, s, u, t, k, ENTROPY, MODE)
+                first += 4 * TILE
         while first + 4 * TILE <= stop:
-            z0 = tl.load(row_ptr + first + tile, eviction_policy=EVICT)
-            z1 = tl.load(row_ptr + first + TILE + tile, eviction_policy=EVICT)
-            z2 = tl.load(row_ptr + first + 2 * TILE + tile, eviction_policy=EVICT)
-            z3 = tl.load(row_ptr + first + 3 * TILE + tile, eviction_policy=EVICT)
+            z0 = tl.load(row_ptr + first + tile, eviction_policy=DROP)
+            z1 = tl.load(row_ptr + first + TILE + tile, eviction_policy=DROP)
+            z2 = tl.load(row_ptr + first + 2 * TILE + tile, eviction_policy=DROP)
+            z3 = tl.load(row_ptr + first + 3 * TILE + tile, eviction_policy=DROP)
             peak, offset, s, u, t = absorb_four(z0, z1, z2, z3, peak, offset, s, u, t, k, ENTROPY, MODE)
             first += 4 * TILE
 
     if TAIL and not (SOFTCAP or SMOOTHED):
         if first < stop:
-            z0 = load_tail(row_ptr, first + tile, stop, EVICT)
-            z1 = load_tail(row_ptr, first + TILE + tile, stop, EVICT)
-            z2 = load_tail(row_ptr, first + 2 * TILE + tile, stop, EVICT)
-            z3 = load_tail(row_ptr, first + 3 * TILE + tile, stop, EVICT)
+            z0 = load_tail(row_ptr, first + tile, stop)
+            z1 = load_tail(row_ptr, first + TILE + tile, stop)
+            z2 = load_tail(row_ptr, first + 2 * TILE + tile, stop)
+            z3 = load_tail(row_ptr, first + 3 * TILE + tile, stop)
             peak, offset, s, u, t = absorb_four(z0, z1, z2, z3, peak, offset, s, u, t, k, ENTROPY, MODE)
     else:
         while first < stop:
@@ -171,9 +196,10 @@ def reduce_row(
 
     # Lanes into one, and the lane that holds the row's largest logit summed again without it.
     lane = tl.arange(0, LANES)
-    joint = tl.max(offset, 0)
-    s, u, t = rescale(offset, s, u, t, joint, ENTROPY, MODE)
     highest, winner = tl.max(peak, 0, return_indices=True)
+    # The largest of the lanes' offsets: a product with k > 0 keeps the order of the peaks.
+    joint = offset_of(highest, k)
+    s, u, t = rescale(offset, s, u, t, joint, ENTROPY, MODE)
     taken = stop + 0
     s0 = tl.zeros((LANES,), tl.float32)
     u0 = tl.zeros((LANES,), tl.float32)
@@ -193,10 +219,19 @@ def reduce_row(
         if ENTROPY:
             t0 += tl.sum(e * x, 1)
         first += LANES * TILE
-    s = tl.sum(tl.where(lane == winner, 0.0, s) + s0, 0)
-    u = tl.sum(tl.where(lane == winner, 0.0, u) + u0, 0)
-    t = tl.sum(tl.where(lane == winner, 0.0, t) + t0, 0)
-    return highest, joint, s, u, t, tl.sum(zsum, 0)
+    s = tl.where(lane == winner, 0.0, s) + s0
+    u = tl.where(lane == winner, 0.0, u) + u0
+    t = tl.where(lane == winner, 0.0, t) + t0
+    if ENTROPY:
+        t = tl.sum(t, 0)
+    else:
+        t = 0.0
+    if SMOOTHED:
+        zsum = tl.sum(zsum, 0)
+    else:
+        zsum = 0.0
+    s, u = both_sums(s, u, MODE)
+    return highest, joint, s, u, t, zsum
 
 
 @triton.jit

@@ -13,16 +13,16 @@ from dataclasses import dataclass
 class Launch:
     """num_warps: warps a program.  width: columns of a thread's load.  warp: threads of a warp.
     tail: a row's last columns as one masked turn, see `state.reduce_row`.
-    near, backwards: hints to the L2 cache and the direction of the second read, see `sweep.write_gradient`;
-    of the gradient kernel also the order of its programs.
+    turn: tiles in flight, see `sweep.write_gradient`.
+    near: how many columns of a row that is read twice the L2 cache is asked to keep; 0 asks for nothing.
     """
 
     num_warps: int
     width: int
     warp: int = 32
     tail: bool = False
-    near: bool = False
-    backwards: bool = False
+    turn: int = 2
+    near: int = 0
 
     @property
     def lanes(self) -> int:
