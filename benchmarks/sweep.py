@@ -50,44 +50,34 @@ class Candidate:
 
     def __str__(self) -> str:
         text = f"num_warps={self.plan.num_warps}, width={self.plan.width}"
-        text += "".join(f", {n}={v}" for n in ("tail", "turn", "near") if (v := int(getattr(self.plan, n))))
+        text += "".join(f", {name}" for name in ("tail", "near") if getattr(self.plan, name))
         text += "" if self.slices is None else f", SLICE_TURNS={self.slices}"
         return text + ("" if self.splits is None else f", splits={self.splits}")
 
 
-def candidates(kernel: str, rows: int, vocabulary: int, itemsize: int, processors: int) -> list[Candidate]:
+def candidates(kernel: str, rows: int, itemsize: int, processors: int) -> list[Candidate]:
     """Loads of 16 bytes, the widest there are, warps by powers of two, and the hints where they could pay."""
     width = 16 // itemsize
     warps = (1, 2) if DRY else (1, 2, 4, 8, 16, 32)
+    off_on = (False, True)
     if kernel == "gradient":
         return [
-            Candidate(table.Launch(w, width, turn=turn), slices=s)
-            for w in warps[:4]
-            for turn, s in ((2, 2), (2, 8)) + (() if DRY else ((2, 4), (2, 16), (4, 4), (4, 8)))
+            Candidate(table.Launch(w, width), slices=s) for w in warps[:4] for s in (4, 8, 16)[-len(warps) :]
         ]
     if kernel == "statistics, gradient":
         return [Candidate(table.Launch(w, width), slices=8, splits=1) for w in warps[2:4] or warps]
     if kernel.startswith("fused"):
-        plain = [Candidate(table.Launch(w, width, tail=tail)) for w in warps[2:5] or warps for tail in (0, 1)]
-        fractions = (1.0,) if vocabulary < 100_000 else (1.0, 0.75, 0.5)
-        return plain + [
-            Candidate(table.Launch(w, width, tail=True, turn=turn, near=int(part * vocabulary)))
-            for w in warps[3:] or warps
-            for turn in (2, 4) + ((8,) if w == 16 else ())
-            for part in fractions
-        ]
-    if rows >= 2 * processors:
         return [
-            Candidate(table.Launch(w, width, tail=tail), splits=1)
-            for w in warps[1:4] or warps
-            for tail in (0, 1)
+            Candidate(table.Launch(w, width, tail=True, near=near))
+            for w in warps[2:] or warps
+            for near in off_on
         ]
-    splits = (1, 2) if DRY else (1, 2, 4, 8, 16, 32, 64)
+    splits = (1,) if rows >= 2 * processors else (1, 2) if DRY else (1, 2, 4, 8, 16, 32, 64)
     return [
-        Candidate(table.Launch(w, width, tail=t), splits=s)
+        Candidate(table.Launch(w, width, tail=tail), splits=s)
         for w in warps[1:4]
         for s in splits
-        for t in (0, 1)
+        for tail in off_on
     ]
 
 
@@ -157,7 +147,7 @@ def entrants(kernel: str, case: Case, device: torch.device) -> dict[str, Candida
     """By name; the table's own choice is among them as "table"."""
     own = Candidate(getattr(table, table_of(kernel))(case.vocabulary, case.dtype.itemsize))
     processors = 1 if DRY else torch.cuda.get_device_properties(device).multi_processor_count
-    found = {str(c): c for c in candidates(kernel, case.n, case.vocabulary, case.dtype.itemsize, processors)}
+    found = {str(c): c for c in candidates(kernel, case.n, case.dtype.itemsize, processors)}
     return {f"table: {own}": own} | found
 
 

@@ -192,7 +192,7 @@ def row_loss_with_gradient(
         spread=spec.label_smoothing / call.vocabulary / spec.temperature, **call.constants,
         WEIGHTED=call.weighted, SOFTCAP=call.softcap, TIES=spec.peaks,
         PEEL=peel(plan.width, (logits, out), (call.strides, out_strides)),
-        TAIL=plan.tail, NEAR=plan.near, TURN=plan.turn,
+        TAIL=plan.tail, NEAR=plan.near,
         LANES=plan.lanes, WIDTH=plan.width, MODE=call.mode,
         num_warps=plan.num_warps, **call.options,
     )  # fmt: skip
@@ -230,7 +230,7 @@ def gradient(
         UPSTREAM=upstream is not None, SQUARES=spec.squares, LOGS=spec.logs, PEAKS=spec.peaks,
         SMOOTHED=spec.label_smoothing > 0, WEIGHTED=call.weighted, SOFTCAP=call.softcap,
         PEEL=peel(plan.width, (logits, out), (call.strides, out_strides)),
-        NEAR=plan.near, TURN=plan.turn, LANES=plan.lanes, WIDTH=plan.width, MODE=call.mode,
+        NEAR=plan.near, LANES=plan.lanes, WIDTH=plan.width, MODE=call.mode,
         num_warps=plan.num_warps, **call.options,
     )  # fmt: skip
 

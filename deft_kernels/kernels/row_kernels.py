@@ -71,15 +71,12 @@ def statistics_kernel(
             stop = tl.minimum(start + span, stop)
         base = logits + at
         z_target = target_of(base + lead, label, vocabulary, softcap, SOFTCAP)
-        peel = 0
-        if PEEL:
-            peel = start % WIDTH
         weights = class_weight
         if WEIGHTED:
             weights = class_weight - lead
         peak, offset, s, u, t, zsum = reduce_row(
-            base, start, stop, peel, weights, k, softcap,
-            LANES, WIDTH, SOFTCAP, SMOOTHED, WEIGHTED, ENTROPY, PEEL, TAIL, 0, MODE,
+            base, start, stop, weights, k, softcap,
+            LANES, WIDTH, SOFTCAP, SMOOTHED, WEIGHTED, ENTROPY, PEEL, TAIL, False, MODE,
         )  # fmt: skip
         ties = 0.0
         if TIES:
@@ -163,7 +160,7 @@ def gradient_of_slice(
     n_rows, inner, stride_outer, stride_inner, out_outer, out_inner, vocabulary, span, k, softcap, spread,
     SQUARES: tl.constexpr, LOGS: tl.constexpr, PEAKS: tl.constexpr, SMOOTHED: tl.constexpr,
     WEIGHTED: tl.constexpr, SOFTCAP: tl.constexpr, PEEL: tl.constexpr, NEAR: tl.constexpr,
-    TURN: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, MODE: tl.constexpr,
+    LANES: tl.constexpr, WIDTH: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the columns [start, start + span) of a row, times `factor`."""
     at, lead = aligned(row_offset(row, inner, stride_outer, stride_inner), WIDTH, PEEL)
@@ -172,9 +169,6 @@ def gradient_of_slice(
         to = tl.multiple_of(to, WIDTH)
     start += lead
     stop = tl.minimum(start + span, lead + vocabulary)
-    peel = 0
-    if PEEL:
-        peel = start % WIDTH
     if tl.load(rows + 8 * n_rows + row) != 0.0:
         label = tl.load(labels + row)
         offset = tl.load(rows + 9 * n_rows + row)
@@ -196,13 +190,13 @@ def gradient_of_slice(
         if WEIGHTED:
             weights = class_weight - lead
         write_gradient(
-            logits + at, dlogits + to, start, stop, peel, label + lead, z_target, weights, k, softcap,
+            logits + at, dlogits + to, start, stop, label + lead, z_target, weights, k, softcap,
             offset, peak, a, b, c, peak_grad, target, spread * factor,
             LANES, WIDTH, SOFTCAP, SMOOTHED, WEIGHTED, SQUARES, LOGS, PEAKS,
-            PEEL, TURN, NEAR, MODE,
+            PEEL, NEAR, MODE,
         )  # fmt: skip
     else:
-        write_zeros(dlogits + to, start, stop, peel, LANES, WIDTH)
+        write_zeros(dlogits + to, start, stop, LANES, WIDTH, PEEL)
 
 
 @triton.jit
@@ -218,7 +212,7 @@ def gradient_kernel(
     softcap, spread,
     UPSTREAM: tl.constexpr, SQUARES: tl.constexpr, LOGS: tl.constexpr, PEAKS: tl.constexpr,
     SMOOTHED: tl.constexpr, WEIGHTED: tl.constexpr, SOFTCAP: tl.constexpr, PEEL: tl.constexpr,
-    NEAR: tl.constexpr, TURN: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, MODE: tl.constexpr,
+    NEAR: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     if UPSTREAM:
@@ -232,7 +226,7 @@ def gradient_kernel(
             gradient_of_slice(
                 row, start, factor, logits, labels, class_weight, rows, dlogits,
                 n_rows, inner, stride_outer, stride_inner, out_outer, out_inner, vocabulary, span, k, softcap,
-                spread, SQUARES, LOGS, PEAKS, SMOOTHED, WEIGHTED, SOFTCAP, PEEL, NEAR, TURN, LANES, WIDTH,
+                spread, SQUARES, LOGS, PEAKS, SMOOTHED, WEIGHTED, SOFTCAP, PEEL, NEAR, LANES, WIDTH,
                 MODE,
             )  # fmt: skip
             row += tl.num_programs(0)
@@ -241,7 +235,7 @@ def gradient_kernel(
         gradient_of_slice(
             row, tl.program_id(1) * span, factor, logits, labels, class_weight, rows, dlogits,
             n_rows, inner, stride_outer, stride_inner, out_outer, out_inner, vocabulary, span, k, softcap,
-            spread, SQUARES, LOGS, PEAKS, SMOOTHED, WEIGHTED, SOFTCAP, PEEL, NEAR, TURN, LANES, WIDTH, MODE,
+            spread, SQUARES, LOGS, PEAKS, SMOOTHED, WEIGHTED, SOFTCAP, PEEL, NEAR, LANES, WIDTH, MODE,
         )  # fmt: skip
 
 
@@ -283,7 +277,7 @@ def fused_kernel(
     FOCUS: tl.constexpr, FAMILY: tl.constexpr, THROUGH: tl.constexpr, IS_WEIGHT: tl.constexpr,
     BANDED: tl.constexpr, Z_LOSS: tl.constexpr, SMOOTHED: tl.constexpr, WEIGHTED: tl.constexpr,
     SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, TIES: tl.constexpr,
-    PEEL: tl.constexpr, TAIL: tl.constexpr, NEAR: tl.constexpr, TURN: tl.constexpr,
+    PEEL: tl.constexpr, TAIL: tl.constexpr, NEAR: tl.constexpr,
     LANES: tl.constexpr, WIDTH: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -304,7 +298,7 @@ def fused_kernel(
         if WEIGHTED:
             weights = class_weight - lead
         peak, offset, s, u, t, zsum = reduce_row(
-            base, start, stop, lead, weights, k, softcap,
+            base, start, stop, weights, k, softcap,
             LANES, WIDTH, SOFTCAP, SMOOTHED, WEIGHTED, ENTROPY, PEEL, TAIL, NEAR, MODE,
         )  # fmt: skip
         ties = 0.0
@@ -320,14 +314,14 @@ def fused_kernel(
         tl.debug_barrier()
         if kept != 0.0:
             write_gradient(
-                base, dlogits + to, start, stop, lead, label + lead, z_target, weights, k, softcap, offset,
+                base, dlogits + to, start, stop, label + lead, z_target, weights, k, softcap, offset,
                 peak, a * factor, b * factor, c * factor, peak_grad * factor, target * factor,
                 spread * factor,
                 LANES, WIDTH, SOFTCAP, SMOOTHED, WEIGHTED,
                 THROUGH == BY_COLLISION, THROUGH == BY_ENTROPY, THROUGH == BY_MAX_PROB,
-                PEEL, TURN, NEAR, MODE,
+                PEEL, NEAR, MODE,
             )  # fmt: skip
     else:
         store_ignored(rows, loss, row, n_rows)
     if kept == 0.0:
-        write_zeros(dlogits + to, start, stop, lead, LANES, WIDTH)
+        write_zeros(dlogits + to, start, stop, LANES, WIDTH, PEEL)

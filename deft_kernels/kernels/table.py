@@ -13,16 +13,14 @@ from dataclasses import dataclass
 class Launch:
     """num_warps: warps a program.  width: columns of a thread's load.  warp: threads of a warp.
     tail: a row's last columns as one masked turn, see `state.reduce_row`.
-    turn: tiles in flight, see `sweep.write_gradient`.
-    near: how many columns of a row that is read twice the L2 cache is asked to keep; 0 asks for nothing.
+    near: hints to the L2 cache about a row that is read twice, see there and `sweep.write_gradient`.
     """
 
     num_warps: int
     width: int
     warp: int = 32
     tail: bool = False
-    turn: int = 2
-    near: int = 0
+    near: bool = False
 
     @property
     def lanes(self) -> int:
