@@ -38,6 +38,12 @@ def options(mode: int, transformed: bool) -> dict[str, Any]:
     return chosen
 
 
+def lean(spec: Spec) -> bool:
+    """Whether the loops hold nothing beyond logp and sum p^2, so that wide programs have registers enough."""
+    heavy = spec.needs_entropy or spec.squares or spec.logs or spec.peaks
+    return not (heavy or spec.softcap > 0 or spec.label_smoothing > 0)
+
+
 @lru_cache(maxsize=8)
 def kernel_for(kernel: Any, vocabulary: int) -> Any:
     """The kernel; for V = 1 one to which V is not a constant, which Triton 3.6 fails to compile."""
