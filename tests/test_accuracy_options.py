@@ -94,6 +94,25 @@ def test_options_within_the_stated_bounds(objective, name, dtype, backend, devic
     assert gradient_excess(fused.grad.cpu(), exact.grad) <= 1.0
 
 
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_options_in_float64(objective, name):
+    """The PyTorch backend alone has it: twelve digits of the loss, and of the gradient by both ways."""
+    z, y = every_kind(torch.float64)
+    keywords = {"objective": OBJECTIVES[objective], **placed(name, "cpu")}
+    outcomes = []
+    for own in ({"grad_in_forward": True}, {"grad_in_forward": False}, {"backend": "reference"}):
+        x = z.clone().requires_grad_()
+        loss = deft_loss(x, y, **{"reduction": "sum", **keywords, **own})
+        loss.backward(torch.tensor(1.7, dtype=torch.float64))
+        outcomes.append((loss.detach(), x.grad))
+    exact_loss, exact = outcomes.pop()
+    assert exact is not None
+    for loss, gradient in outcomes:
+        torch.testing.assert_close(loss, exact_loss, rtol=1e-12, atol=0.0)
+        assert gradient is not None and gradient_excess(gradient, exact) <= 1.0
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_softcap_of_the_linear_call_in_half_precision(dtype, backend, device):
     """As in Gemma 2. The logits are those of F.linear, in its dtype; so the loss is held to the same bound,
