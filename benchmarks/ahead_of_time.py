@@ -100,7 +100,6 @@ def source(variant: Variant) -> tuple[ASTSource, dict[str, Any]]:
         "PEEL": "peel" in options,
         "TAIL": plan.tail,
         "NEAR": plan.near,
-        "BACKWARDS": plan.backwards,
         "LANES": plan.lanes,
         "WIDTH": plan.width,
         "MODE": GENERIC.value if hip else PTX.value,

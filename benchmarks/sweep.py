@@ -50,7 +50,7 @@ class Candidate:
 
     def __str__(self) -> str:
         text = f"num_warps={self.plan.num_warps}, width={self.plan.width}"
-        text += "".join(f", {name}" for name in ("tail", "near", "backwards") if getattr(self.plan, name))
+        text += "".join(f", {name}" for name in ("tail", "near") if getattr(self.plan, name))
         text += "" if self.slices is None else f", SLICE_TURNS={self.slices}"
         return text + ("" if self.splits is None else f", splits={self.splits}")
 
@@ -61,30 +61,24 @@ def candidates(kernel: str, rows: int, itemsize: int, processors: int) -> list[C
     warps = (1, 2) if DRY else (1, 2, 4, 8, 16, 32)
     off_on = (False, True)
     if kernel == "gradient":
-        found = [
-            Candidate(table.Launch(w, width), slices=s)
-            for w in warps[:4]
-            for s in ((2, 8) if DRY else (2, 4, 8, 16))
-        ]
-        return found + [replace(c, plan=replace(c.plan, near=True)) for c in found if c.slices == 8]
-    if kernel == "statistics, gradient":
         return [
-            Candidate(table.Launch(w, width, near=near, backwards=backwards), slices=8, splits=1)
-            for w in warps[2:4] or warps
-            for near in off_on
-            for backwards in off_on
+            Candidate(table.Launch(w, width), slices=s) for w in warps[:4] for s in (4, 8, 16)[-len(warps) :]
         ]
+    if kernel == "statistics, gradient":
+        return [Candidate(table.Launch(w, width), slices=8, splits=1) for w in warps[2:4] or warps]
     if kernel.startswith("fused"):
-        plain = [Candidate(table.Launch(w, width, tail=tail)) for w in warps[1:] for tail in off_on]
-        return plain + [
-            Candidate(table.Launch(w, width, tail=True, near=near, backwards=backwards))
-            for w in warps[3:] or warps
-            for near, backwards in ((True, False), (False, True), (True, True))
+        return [
+            Candidate(table.Launch(w, width, tail=True, near=near))
+            for w in warps[2:] or warps
+            for near in off_on
         ]
-    if rows >= 2 * processors:
-        return [Candidate(table.Launch(w, width, tail=tail), splits=1) for w in warps[:5] for tail in off_on]
-    splits = (1, 2) if DRY else (1, 4, 8, 16, 32, 64)
-    return [Candidate(table.Launch(w, width), splits=s) for w in warps[1:4] for s in splits]
+    splits = (1,) if rows >= 2 * processors else (1, 2) if DRY else (1, 2, 4, 8, 16, 32, 64)
+    return [
+        Candidate(table.Launch(w, width, tail=tail), splits=s)
+        for w in warps[1:4]
+        for s in splits
+        for tail in off_on
+    ]
 
 
 def table_of(kernel: str) -> str:
@@ -212,8 +206,10 @@ def main() -> None:
         for shape, dtype, kernel, objective in itertools.product(
             args.shapes, args.dtype, args.kernel, args.objective
         )
-        # The entropy changes what the statistics' loop holds, and nothing of the gradient's.
-        if objective == "deft" or kernel in ("statistics", "fused")
+        # The entropy changes what the statistics' loop holds, and nothing of the gradient's. Few rows are
+        # split, which is of the statistics alone.
+        if (objective == "deft" or kernel in ("statistics", "fused"))
+        and (DRY or kernel == "statistics" or int(shape.split("x")[0]) > 512)
     ]
     if not DRY:
         begun = time.perf_counter()

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 class Launch:
     """num_warps: warps a program.  width: columns of a thread's load.  warp: threads of a warp.
     tail: a row's last columns as one masked turn, see `state.reduce_row`.
-    near, backwards: hints to the L2 cache and the direction of the second read, see `sweep.write_gradient`;
-    of the gradient kernel also the order of its programs.
+    near: hints to the L2 cache about a row that is read twice, see there and `sweep.write_gradient`.
     """
 
     num_warps: int
@@ -22,7 +21,6 @@ class Launch:
     warp: int = 32
     tail: bool = False
     near: bool = False
-    backwards: bool = False
 
     @property
     def lanes(self) -> int:
