@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import objectives
+from .arguments import check_dense, check_no_transform
 from .formulas import evaluate, outside_band
+from .keywords import named
 from .objectives import Objective
 from .parallel import batch_mean
 from .statistics import Field
@@ -51,6 +53,7 @@ class RowFormula(torch.autograd.Function):
         return (*grads, None, None)
 
 
+@named
 def gated_loss(
     logp: Tensor,
     log_collision: Tensor | None = None,
@@ -90,11 +93,18 @@ def gated_loss(
         raise ValueError(f"{name}: needed by objective {described.name!r} with focus {described.focus!r}")
     if not isinstance(logp, Tensor) or not logp.is_floating_point():
         raise TypeError("logp: expected a floating Tensor")
+    check_dense(logp, "logp")
     for key, tensor in (*given.items(), ("valid", valid)):
-        if tensor is not None and tensor.shape != logp.shape:
+        if tensor is None:
+            continue
+        check_dense(tensor, key)
+        if tensor.shape != logp.shape:
             raise ValueError(
                 f"{key}: expected the shape of logp {tuple(logp.shape)}, got {tuple(tensor.shape)}"
             )
+    for key, tensor in (("logp", logp), *given.items()):
+        if tensor is not None:
+            check_no_transform(tensor, key, "deft_kernels.reference has the formulas in plain PyTorch")
     dtype = torch.float64 if logp.dtype == torch.float64 else torch.float32
     collision = None if log_collision is None else log_collision.to(dtype).exp()
     others = (None if s is None else s.to(dtype) for s in (entropy, max_prob))

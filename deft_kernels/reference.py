@@ -83,7 +83,7 @@ def row_objective(objective: Any, stats: dict[str, Tensor], valid: Tensor) -> tu
     else:
         raise ValueError(f"objective: no reference for {objective!r}")
 
-    if objective.name == "rational":
+    if objective.family == "rational":
         loss = -finite / (1 - alpha * finite)
         gate = (1 - alpha * logp) ** -2
         return torch.where(impossible, 1 / alpha, loss), alpha, gate

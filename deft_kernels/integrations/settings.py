@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
+from .. import calls
 from ..calls import RowLoss
-from ..objectives import Objective, resolve
+from ..objectives import Objective
 from .running import RunningStatistics
 
 # Keywords that a stack may pass on; the others of `deft_loss` are decided by the trainer's own call.
@@ -17,7 +18,7 @@ OF_HIDDEN = ("temperature", "z_loss", "label_smoothing", "class_weight", "chunk_
 
 def described(objective: str | Objective | RowLoss) -> Objective | RowLoss:
     """The objective, its name resolved, so that a wrong one raises where it was written."""
-    return objective if callable(objective) else resolve(objective)
+    return calls.described(objective)
 
 
 def checked(call: str, known: tuple[str, ...], keywords: dict[str, Any]) -> dict[str, Any]:
