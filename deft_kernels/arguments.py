@@ -65,7 +65,9 @@ def check_no_transform(
 
 
 def _differentiated(tensor: Tensor) -> bool:
-    """Whether a transform of torch.func takes a derivative by `tensor`."""
+    """Whether a transform of torch.func takes a derivative by `tensor`; False where a trace cannot ask."""
+    if torch.compiler.is_compiling():
+        return False
     from torch._C._functorch import TransformType, get_interpreter_stack
 
     kinds = [level.key() for level in get_interpreter_stack() or ()]

@@ -121,8 +121,8 @@ def deft_loss(
         row. Gradient in the forward: 1 read and 1 write in all, the gradient alive from the forward on.
         With a group: one all-gather of 5 numbers a row in the forward, 6 with label smoothing, one more for
         exact gradients through max p; nothing in the backward.
-    Limits: |logits| / temperature below 1.8e8 in the largest of a row, NaN beyond. First derivatives only, in
-        reverse mode (backend="reference": any).
+    Limits: |logits| / temperature below 1.8e8 in the largest of a row, NaN beyond. First derivatives only, by
+        backward() and torch.autograd; neither forward mode nor torch.func (backend="reference": any).
     Source: DEFT, arXiv:2602.11424.
     """
     objective = described(objective)

@@ -77,20 +77,24 @@ OF_OBJECTIVES = {
 }
 
 
+def meant(known: Iterable[str], name: str) -> str | None:
+    """What to write for `name` in a call that has the `known` keywords only; None where that is not clear."""
+    known = sorted(known)
+    ours = [own for own in MEANT.get(name, ()) if own in known]
+    if ours:
+        return f"it is called {ours[0]} here{NOTES.get(name, '')}"
+    if name in OF_LOGITS and "chunk_bytes" in known:
+        return f"leave it out: {OF_LOGITS[name]}"
+    if name in OF_OBJECTIVES and "objective" in known:
+        return f"it belongs to an objective: objective={OF_OBJECTIVES[name]}"
+    close = difflib.get_close_matches(name, known, 1, 0.75)
+    return f"did you mean {close[0]}?" if close else None
+
+
 def unknown(call: str, known: Iterable[str], name: str) -> TypeError:
     """The error for a keyword `name` that `call` does not have."""
-    known = sorted(known)
-    message = f"{name}: not a keyword of {call}"
-    meant = [ours for ours in MEANT.get(name, ()) if ours in known]
-    if meant:
-        return TypeError(f"{message}; it is called {meant[0]} here{NOTES.get(name, '')}")
-    if name in OF_LOGITS and "chunk_bytes" in known:
-        return TypeError(f"{message}; leave it out: {OF_LOGITS[name]}")
-    if name in OF_OBJECTIVES and "objective" in known:
-        return TypeError(f"{message}; it belongs to an objective: objective={OF_OBJECTIVES[name]}")
-    close = difflib.get_close_matches(name, known, 1, 0.75)
-    hint = f"did you mean {close[0]}? " if close else ""
-    return TypeError(f"{message}; {hint}known: {', '.join(known)}")
+    hint = meant(known, name) or f"known: {', '.join(sorted(known))}"
+    return TypeError(f"{name}: not a keyword of {call}; {hint}")
 
 
 def named(call: Callable[P, R]) -> Callable[P, R]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .. import calls
 from ..calls import RowLoss
+from ..keywords import meant
 from ..objectives import Objective
 from .running import RunningStatistics
 
@@ -25,9 +26,11 @@ def checked(call: str, known: tuple[str, ...], keywords: dict[str, Any]) -> dict
     """The keywords, if all are known; TypeError otherwise, as none may be dropped without a word."""
     for name in keywords:
         if name not in known:
+            hint = meant((*known, "objective"), name)
             raise TypeError(
-                f"{name}: not a keyword of {call}; known: {', '.join(known)} (reduction, shift, num_items "
-                "and ignore_index follow from what the trainer passes)"
+                f"{name}: not a keyword of {call}; {'' if hint is None else hint + '; '}known: "
+                f"{', '.join(known)} (reduction, shift, num_items and ignore_index follow from what the "
+                "trainer passes)"
             )
     for name in ("weight", "class_weight"):
         if not isinstance(keywords.get(name), (Tensor, type(None))):
