@@ -98,7 +98,7 @@ def deft_loss(
             The gradient is by the logits given. Folded into one another, so the scale costs nothing.
         z_loss, label_smoothing: factors, see above. Under torch.compile these numbers and the objective's are
             constants of the graph: each new value compiles anew, and after eight torch runs the call
-            uncompiled. num_items may change from call to call.
+            uncompiled. num_items may change from call to call. A NumPy number breaks the graph.
         inplace: the backward overwrites the logits with their gradient; a later use of them in autograd
             raises. Saves one [N, V] tensor.
         grad_in_forward: make the gradient in the forward, in the same visit to the logits. None: where it
@@ -126,6 +126,7 @@ def deft_loss(
     Source: DEFT, arXiv:2602.11424.
     """
     objective = described(objective)
+    ignore_index = arguments.label("ignore_index", ignore_index)
     if is_dtensor(logits):
         return loss_of_dtensor(deft_loss, logits, labels, {
             "objective": objective, "reduction": reduction, "ignore_index": ignore_index,
@@ -137,7 +138,6 @@ def deft_loss(
     arguments.check_logits(logits, part=group is not None)
     arguments.check_labels(labels, logits)
     arguments.check_reduction(reduction)
-    ignore_index = arguments.label("ignore_index", ignore_index)
     arguments.check_token_weight(token_weight, labels, logits)
     num_items = arguments.number_of_items(num_items, reduction)
     for name, value in (("shift", shift), ("inplace", inplace), ("return_stats", return_stats)):

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import objectives
-from .arguments import check_dense, check_no_transform
+from .arguments import check_dense, check_no_transform, kind_of
 from .formulas import evaluate, outside_band
 from .keywords import named
 from .objectives import Objective
@@ -97,6 +97,8 @@ def gated_loss(
     for key, tensor in (*given.items(), ("valid", valid)):
         if tensor is None:
             continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{key}: expected a Tensor, got {kind_of(tensor)}")
         check_dense(tensor, key)
         if tensor.shape != logp.shape:
             raise ValueError(

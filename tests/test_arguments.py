@@ -324,6 +324,13 @@ def test_what_is_no_objective(objective, message, monkeypatch):
             call()
 
 
+@pytest.mark.parametrize("name", ["log_collision", "entropy", "max_prob", "valid"])
+def test_gated_loss_takes_tensors(name):
+    logp = -torch.rand(N)
+    with pytest.raises(TypeError, match=f"^{name}: expected a Tensor, got list"):
+        gated_loss(logp, **{"log_collision": logp, name: [0.5] * N})
+
+
 @pytest.mark.parametrize("objective", [objectives.deft, Focal(), lambda r: r.logp, 3])
 def test_gated_loss_takes_no_function(objective):
     logp = -torch.rand(N)
