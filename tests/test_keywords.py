@@ -60,7 +60,7 @@ MEANT = [
     ("DEFTLoss", "lse_square_scale", "z_loss"),
     ("DEFTLoss", "size_average", "reduction"),
     ("DEFTLoss", "ce_weight", "weight"),
-    ("FusedLinearDEFTLoss", "weights", "class_weight"),
+    ("FusedLinearDEFTLoss", "weight", "class_weight"),
     ("FusedLinearDEFTLoss", "smoothing", "label_smoothing"),
 ]
 
