@@ -115,6 +115,9 @@ def strides_of(logits: Tensor) -> tuple[int, int, int]:
         return 1, logits.shape[-1], 0
     if len(merged) == 1:
         return 1, merged[0][1], 0
+    if 0 in logits.shape[:-1]:
+        # No row lies anywhere, and dimensions of size 0 merge with no other.
+        return 1, logits.shape[-1], 0
     (_, outer), (inner, stride) = merged
     return inner, outer, stride
 
