@@ -89,6 +89,14 @@ def tanh(x):
 
 
 @triton.jit
+def tanh_slope(x):
+    """1 - tanh(x)^2 = 4 e / (1 + e)^2 with e = exp(-2|x|): the difference would lose all its digits from
+    |x| = 9 on."""
+    e = tl.exp(-2.0 * tl.abs(x))
+    return 4.0 * e / ((1.0 + e) * (1.0 + e))
+
+
+@triton.jit
 def softcapped(z, softcap, SOFTCAP: tl.constexpr):
     if SOFTCAP:
         return softcap * tanh(z / softcap)

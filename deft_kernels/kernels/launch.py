@@ -253,16 +253,20 @@ def match_upstream(
     if logits is not None:
         gradient(logits, labels, class_weight, rows, row_scale, spec, dlogits, upstream)
         return
-    scale(dlogits, upstream)
+    scale(dlogits, upstream, rows[Field.KEPT])
 
 
 @on_device
-def scale(gradient: Tensor, upstream: Tensor) -> None:
-    """gradient [..., V] *= upstream; decided on the device, which reads and writes nothing where it is 1."""
+def scale(gradient: Tensor, upstream: Tensor, kept: Tensor | None = None) -> None:
+    """gradient [..., V] *= upstream; decided on the device, which reads and writes nothing where it is 1.
+
+    kept: [N], 0 at rows to leave as they are.
+    """
     plan = table.gradient(gradient.shape[-1], gradient.element_size(), warp())
     inner, outer, stride = strides_of(gradient)
     rows = gradient.numel() // gradient.shape[-1]
     scale_kernel[(min(rows, RESCALING * processors(gradient.device)),)](
-        gradient, upstream, rows, inner, outer, stride, gradient.shape[-1],
+        gradient, upstream, upstream if kept is None else kept, rows, inner, outer, stride,
+        gradient.shape[-1], KEPT=kept is not None,
         LANES=plan.lanes, WIDTH=plan.width, MODE=mode(), num_warps=plan.num_warps, **options(mode(), False),
     )  # fmt: skip
