@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from . import arguments, backends, objectives, operators, reference
+from .agreement import in_step
 from .calls import RowLoss, aligned, own_rows, shard_of, statistics_record, transform
-from .dtensors import is_dtensor, loss_of_dtensor, statistics_of_dtensor
+from .dtensors import is_dtensor, loss_of_dtensor, refuse_dtensors, statistics_of_dtensor
 from .objectives import Objective
 from .parallel import VocabShard
 from .reductions import Reduction, Weighting, in_forward
@@ -42,7 +43,8 @@ def deft_loss(
 def deft_loss(
     logits: Tensor, labels: Tensor, *, return_stats: Literal[True], **keywords: Any
 ) -> tuple[Tensor, RowStatistics]: ...
-def deft_loss(  # type: ignore[misc]  # the overloads tell the return type apart, not the keywords
+@in_step("logits", 0, -1)  # type: ignore[misc]  # the overloads tell the return type apart, not the keywords
+def deft_loss(
     logits: Tensor,
     labels: Tensor,
     *,
@@ -125,6 +127,8 @@ def deft_loss(  # type: ignore[misc]  # the overloads tell the return type apart
             "label_smoothing": label_smoothing, "inplace": inplace, "grad_in_forward": grad_in_forward,
             "return_stats": return_stats, "group": group, "backend": backend,
         })  # fmt: skip
+    given = {"labels": labels, "token_weight": token_weight, "weight": weight, "num_items": num_items}
+    refuse_dtensors(given, "logits")
     arguments.check_logits(logits, part=group is not None)
     arguments.check_labels(labels, logits)
     arguments.check_reduction(reduction)
@@ -139,7 +143,7 @@ def deft_loss(  # type: ignore[misc]  # the overloads tell the return type apart
     settings["z_loss"] = arguments.number("z_loss", z_loss, 0.0)
     settings["label_smoothing"] = arguments.number("label_smoothing", label_smoothing, 0.0, 1.0)
     chosen = backends.choose(backend, logits.device, logits.dtype)
-    shard = shard_of(group, logits.shape[-1], logits.device, chosen)
+    shard = shard_of(group, logits.shape[-1], logits.device, chosen, labels, ignore_index, weight)
     vocabulary = logits.shape[-1] if shard is None else shard.size
     arguments.check_class_weight(weight, logits, vocabulary)
     shape, flat = labels.shape, aligned(labels, shift, ignore_index)
@@ -238,6 +242,7 @@ def _reference(
     return (loss, RowStatistics(**stats)) if return_stats else loss
 
 
+@in_step("logits", 0, -1)
 def row_statistics(
     logits: Tensor,
     labels: Tensor,
@@ -276,13 +281,14 @@ def row_statistics(
             "ignore_index": ignore_index, "shift": shift, "softcap": softcap, "temperature": temperature,
             "group": group, "backend": backend,
         })  # fmt: skip
+    refuse_dtensors({"labels": labels}, "logits")
     arguments.check_logits(logits, part=group is not None)
     arguments.check_labels(labels, logits)
     arguments.check_ignore_index(ignore_index)
     arguments.flag("shift", shift)
     settings = transform(softcap, temperature)
     chosen = backends.choose(backend, logits.device, logits.dtype)
-    shard = shard_of(group, logits.shape[-1], logits.device, chosen)
+    shard = shard_of(group, logits.shape[-1], logits.device, chosen, labels, ignore_index)
     shape, flat = labels.shape, aligned(labels, shift, ignore_index)
     if chosen == "reference":
         operators.check_labels(flat, logits.shape[-1], ignore_index)

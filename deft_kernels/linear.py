@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from . import arguments, backends, linear_operators, objectives
+from .agreement import in_step
 from .calls import RowLoss, aligned, own_rows, shard_of, statistics_record, transform
-from .dtensors import is_dtensor
+from .dtensors import is_dtensor, refuse_dtensors
 from .functional import deft_loss
 from .gathered import whole
 from .objectives import Objective
@@ -91,7 +92,8 @@ def fused_linear_deft_loss(
     return_stats: Literal[True],
     **keywords: Any,
 ) -> tuple[Tensor, RowStatistics]: ...
-def fused_linear_deft_loss(  # type: ignore[misc]  # the overloads tell the return type apart
+@in_step("weight", 1, 0)  # type: ignore[misc]  # the overloads tell the return type apart
+def fused_linear_deft_loss(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
@@ -161,6 +163,8 @@ def fused_linear_deft_loss(  # type: ignore[misc]  # the overloads tell the retu
         arguments.flag(name, value)
     if group is not None and (is_dtensor(weight) or is_dtensor(bias)):
         raise ValueError("group: weight and bias are to be this rank's own rows; pass weight.to_local()")
+    given = {"labels": labels, "token_weight": token_weight, "class_weight": class_weight}
+    refuse_dtensors(given | {"num_items": num_items}, "hidden")
     hidden, weight, bias = whole(hidden, weight, bias)
     _check_head(hidden, weight, bias, group is not None)
     outline = arguments.Outline((*hidden.shape[:-1], weight.shape[0]), hidden.device)
@@ -173,7 +177,7 @@ def fused_linear_deft_loss(  # type: ignore[misc]  # the overloads tell the retu
     settings["label_smoothing"] = arguments.number("label_smoothing", label_smoothing, 0.0, 1.0)
     product = _product_dtype(hidden, weight, bias)
     chosen = backends.choose(backend, hidden.device, product)
-    shard = shard_of(group, weight.shape[0], hidden.device, chosen)
+    shard = shard_of(group, weight.shape[0], hidden.device, chosen, labels, ignore_index, class_weight)
     vocabulary = weight.shape[0] if shard is None else shard.size
     arguments.check_class_weight(class_weight, outline, vocabulary, "class_weight")
     if chosen == "reference":
