@@ -134,6 +134,11 @@ def check_num_items(num_items: Any, reduction: str) -> None:
     if isinstance(num_items, Tensor):
         if num_items.numel() != 1:
             raise ValueError(f"num_items: expected one element, got shape {tuple(num_items.shape)}")
+        # Where the host sees it without waiting; 0 is a batch with nothing to count.
+        if num_items.device.type == "cpu" and type(num_items) is Tensor and not torch.compiler.is_compiling():
+            value = num_items.detach().item()
+            if not value >= 0:
+                raise ValueError(f"num_items: expected a number that is not negative, got {value}")
         return
     if isinstance(num_items, bool) or not isinstance(num_items, (int, float, torch.SymInt)):
         raise TypeError(f"num_items: expected a number or a Tensor, got {type(num_items).__name__}")

@@ -5,7 +5,8 @@ That is asked of the model itself, with a small random head, so that no list of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -86,6 +87,38 @@ def plain_head(model: Any, call: str) -> nn.Linear:
             f"gather; {OWN_LOGITS}"
         )
     return head
+
+
+def with_weights(
+    head: nn.Linear, hidden: Tensor, make: Callable[[Tensor, Tensor, Tensor | None], Any]
+) -> Any:
+    """make(hidden, weight, bias) of a head, inside its own call where FSDP2 has it as a group of its own.
+
+    Outside, its parameters are shards, and their gradient would miss what FSDP was told: by what to divide
+    it, when to reduce it, in which dtype to compute. FSDP's hooks around the head's call do all of it, as for
+    the head's own forward. `make` returns a loss, or a tuple that begins with it.
+    """
+    if not is_fully_sharded(head):
+        return make(hidden, head.weight, head.bias)
+    made: list[Any] = []
+
+    def forward(hidden: Tensor) -> Any:
+        made.append(make(hidden, head.weight, head.bias))
+        # FSDP hangs its backward on what comes back here, and casts a copy to its output's dtype.
+        return made[0][0] if isinstance(made[0], tuple) else made[0]
+
+    setattr(head, "forward", forward)  # noqa: B010
+    try:
+        head(hidden)
+    finally:
+        delattr(head, "forward")
+    return made[0]
+
+
+def is_fully_sharded(module: nn.Module) -> bool:
+    """Whether `fully_shard` made a module a group of its own, or a part of one beside others."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
 def softcap_of(model: Any) -> float | None:
