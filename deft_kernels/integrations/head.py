@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..dtensors import is_dtensor
+
 OWN_LOGITS = "use set_loss_function(model), which takes the model's own logits"
 ROWS, WORDS = 8, 64  # of the probe: enough numbers to tell one factor from any other function
 
@@ -76,6 +78,13 @@ def plain_head(model: Any, call: str) -> nn.Linear:
         or hasattr(head, "parametrizations")
         or type(head).forward is not nn.Linear.forward
     )
+    ranks = getattr(model, "tp_size", None) or 1
+    if ranks > 1 and (own_forward or is_dtensor(head.weight)):
+        raise ValueError(
+            f"lm_head: is under tensor parallelism, transformers' tp_plan splits it over {ranks} ranks, and "
+            f"{call} multiplies by a whole weight; {OWN_LOGITS} gathered, or fused_linear_deft_loss(group=) in "
+            "a loop of your own"
+        )
     if not isinstance(head, nn.Linear) or own_forward:
         raise ValueError(
             f"lm_head: {call} needs a plain nn.Linear, got {type(head).__name__} with a forward of its own; "

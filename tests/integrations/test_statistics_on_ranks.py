@@ -1,4 +1,4 @@
-"""What is logged on two ranks (gloo, CPU): DTensor statistics, ranks without a call, repeated rows, settings."""
+"""What two ranks log (gloo, CPU): DTensor statistics, ranks without a call, repeated rows, settings."""
 
 from __future__ import annotations
 
