@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import arguments
 from .agreement import validating
-from .parallel import Shard, VocabShard, remember, resolved, vocabulary_of
+from .parallel import Shard, VocabShard, group_name, remember, resolved, vocabulary_of
 from .reductions import class_weights
 from .statistics import Field, RowStatistics
 
@@ -57,7 +57,10 @@ def shard_of(
 
 def _fits(group: Any, labels: Tensor, ignore_index: int, weight: Any) -> bool:
     """Whether the vocabulary that a group's ranks remember can be this call's, by what all of them see."""
-    size = None if isinstance(group, VocabShard) else vocabulary_of(group)
+    if isinstance(group, VocabShard):
+        return True
+    group_name(group)
+    size = vocabulary_of(group)
     if size is None:
         return True
     if isinstance(weight, Tensor) and weight.numel() != size:

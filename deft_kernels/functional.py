@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from . import arguments, backends, objectives, operators, reference
-from .agreement import in_step
 from .calls import RowLoss, aligned, own_rows, shard_of, statistics_record, transform
 from .dtensors import is_dtensor, loss_of_dtensor, refuse_dtensors, statistics_of_dtensor
 from .objectives import Objective
@@ -17,6 +16,7 @@ from .parallel import VocabShard
 from .reductions import Reduction, Weighting, in_forward
 from .spec import Spec
 from .statistics import Field, RowStatistics
+from .validation import in_step
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -102,7 +102,7 @@ def deft_loss(
         group: torch.distributed ranks that split the vocabulary: the logits are this rank's columns,
             [..., V_r], in the order of the ranks, uneven or none at all; labels, `weight` and everything else
             are those of the whole vocabulary and the same on every rank. Every rank returns the same loss. A
-            `VocabShard` also says where the columns lie; else the ranks ask each other, once for each V_r.
+            `VocabShard` also says where the columns lie; else the ranks ask each other, once for a group.
         backend: "auto" takes the Triton kernels on a GPU they support, PyTorch elsewhere and for fp64;
             "triton" raises where they cannot run; "torch"; "reference" is the slow oracle.
 
@@ -111,10 +111,12 @@ def deft_loss(
     Raises: TypeError, ValueError for arguments that cannot be honoured, named in the message; IndexError for
         a label outside [0, V) on the CPU. On a GPU such a row's loss is NaN and nothing out of bounds is
         read; DEFT_KERNELS_VALIDATE=1 raises there too, at the price of a device synchronisation.
+        With a group, ranks whose columns, labels or settings do not fit together raise on the CPU; on a GPU
+        their losses are NaN. DEFT_KERNELS_VALIDATE=1 compares them by name (docs/parallel.md).
     Memory: forward 1 read of the logits; backward 1 read and 1 write. Saved: the logits and 18 numbers a
         row. Gradient in the forward: 1 read and 1 write in all, the gradient alive from the forward on.
-        With a group: one all-gather of 5 numbers a row in the forward, 6 with label smoothing, one more for
-        exact gradients through max p; nothing in the backward.
+        With a group: one all-gather in the forward, of 5 numbers for each row and for one row more, 6 with
+        label smoothing, one more for exact gradients through max p; nothing in the backward.
     Limits: |logits| / temperature below 1.8e8 in the largest of a row, NaN beyond. First derivatives only, in
         reverse mode (backend="reference": any).
     Source: DEFT, arXiv:2602.11424.

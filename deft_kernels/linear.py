@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from . import arguments, backends, linear_operators, objectives
-from .agreement import in_step
 from .calls import RowLoss, aligned, own_rows, shard_of, statistics_record, transform
 from .dtensors import is_dtensor, refuse_dtensors
 from .functional import deft_loss
@@ -19,6 +18,7 @@ from .parallel import VocabShard
 from .reductions import Reduction, Weighting, in_forward_obstacle
 from .spec import Spec
 from .statistics import Field, RowStatistics
+from .validation import in_step
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -10,7 +10,7 @@ from typing import Any, List, Optional, Tuple
 import torch
 from torch import Tensor
 
-from . import agreement, chunks, objectives
+from . import chunks, objectives, validation
 from .chunks import Head
 from .operators import check_labels, implementation, no_double_backward, save_nothing
 from .rows import gradient_fields
@@ -52,7 +52,7 @@ def linear_row_loss(
     spec = decode(code, numbers)
     of_all_ranks: Any = {"hidden": hidden, "budget": budget, "wanted": wanted[0]}
     args = (labels, product, class_weight, ignore_index, spec)
-    agreement.compare(spec.shard, weight.shape[0], *args, **of_all_ranks)
+    validation.compare(spec.shard, weight.shape[0], *args, **of_all_ranks)
     check_labels(labels, spec.vocabulary(weight.shape[0]), ignore_index)
     with _outside_autocast(hidden):
         head = Head(hidden, weight, bias, product, budget, spec.shard)
@@ -83,7 +83,7 @@ def linear_loss_with_gradient(
     spec = decode(code, numbers)
     of_all_ranks: Any = {"hidden": hidden, "budget": budget, "wanted": wanted[0], "row_scale": row_scale}
     args = (labels, product, class_weight, ignore_index, spec)
-    agreement.compare(spec.shard, weight.shape[0], *args, gradient_in_forward=True, **of_all_ranks)
+    validation.compare(spec.shard, weight.shape[0], *args, gradient_in_forward=True, **of_all_ranks)
     check_labels(labels, spec.vocabulary(weight.shape[0]), ignore_index)
     with _outside_autocast(hidden):
         head = Head(hidden, weight, bias, product, budget, spec.shard)

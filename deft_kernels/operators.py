@@ -12,7 +12,7 @@ from typing import Any, List, Optional, Tuple
 import torch
 from torch import Tensor
 
-from . import agreement, blocked, objectives
+from . import blocked, objectives, validation
 from .rows import gradient_fields
 from .sharded import Sharded
 from .spec import Spec, decode
@@ -58,7 +58,7 @@ def _admit(
     """Before anything is sent or computed: what the ranks have to agree on, and the labels' range."""
     width = logits.shape[-1]
     args = (labels, logits.dtype, class_weight, ignore_index, spec)
-    agreement.compare(spec.shard, width, *args, row_scale=row_scale)
+    validation.compare(spec.shard, width, *args, row_scale=row_scale)
     check_labels(labels, spec.vocabulary(width), ignore_index)
 
 

@@ -82,8 +82,8 @@ def plain_head(model: Any, call: str) -> nn.Linear:
     if ranks > 1 and (own_forward or is_dtensor(head.weight)):
         raise ValueError(
             f"lm_head: is under tensor parallelism, transformers' tp_plan splits it over {ranks} ranks, and "
-            f"{call} multiplies by a whole weight; {OWN_LOGITS} gathered, or fused_linear_deft_loss(group=) in "
-            "a loop of your own"
+            f"{call} multiplies by a whole weight; {OWN_LOGITS} gathered, or fused_linear_deft_loss(group=) "
+            "in a loop of your own"
         )
     if not isinstance(head, nn.Linear) or own_forward:
         raise ValueError(
