@@ -23,8 +23,7 @@ from .parallel import Shard, all_gather, group_of, remember
 from .spec import Spec
 
 # The row that goes with the states; as many numbers as the smallest state has.
-START, WIDTH, SIZE, FLAGS, CHECKSUM = range(5)
-LOOKS, ASKED = 1, 2  # flags: the host reads the others' rows; the place was asked for, not given
+START, WIDTH, SIZE, ASKED, CHECKSUM = range(5)  # ASKED: 1 where the place was asked for, not given
 
 
 class ColumnsMoved(ValueError):
@@ -72,21 +71,26 @@ class Header(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def _header(shard: Shard, width: int, terms: tuple[int, int], looks: bool) -> Header:
+def _header(shard: Shard, width: int, terms: tuple[int, int]) -> Header:
     start, size = shard.start, shard.size
-    flags = LOOKS * looks + ASKED * (shard.width >= 0)
     seed = (*terms, size)
     checksum = _g(seed, start + width) - _g(seed, start)
-    return Header((start, width, size, flags, checksum), _g(seed, size) - _g(seed, 0))
+    return Header((start, width, size, int(shard.width >= 0), checksum), _g(seed, size) - _g(seed, 0))
 
 
-def _row(words: tuple[int, ...], size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The words as the bits of a row of states, [1, size]."""
-    integers = torch.int64 if dtype == torch.float64 else torch.int32
-    return torch.tensor([[*words, *[0] * (size - len(words))]], dtype=integers, device=device).view(dtype)
+def _row(header: Header, looks: bool, states: Tensor) -> Tensor:
+    """The header as the bits of a row of states, [1, size].
 
-
-_kept_row = lru_cache(maxsize=256)(_row)
+    Of a rank that does not look the checksum alone: a device then fills it in, which a CUDA graph can keep.
+    """
+    size = states.shape[1]
+    integers = torch.int64 if states.dtype == torch.float64 else torch.int32
+    if not looks:
+        row = torch.full((1, size), header.words[CHECKSUM], dtype=integers, device=states.device)
+    else:
+        words = [*header.words, *[0] * (size - len(header.words))]
+        row = torch.tensor([words], dtype=integers, device=states.device)
+    return row.view(states.dtype)
 
 
 def _on_host(device: torch.device) -> bool:
@@ -107,24 +111,32 @@ def gathered(
     on_host = _on_host(states.device)
     looks = on_host or validating() or shard.width not in (-1, width)
     terms = _terms(spec, ignore_index), hash_of(labels) if on_host else 0
-    header = _header(shard, width, terms, looks)
-    # Kept on a device, as a CUDA graph cannot copy it from the host.
-    row = (_row if on_host else _kept_row)(header.words, states.shape[1], states.dtype, states.device)
-    everything = all_gather(torch.cat([states, row]), group_of(shard.group))
+    header = _header(shard, width, terms)
+    message = torch.cat([states, _row(header, looks, states)])
+    everything = all_gather(message, group_of(shard.group))
     states, rows = everything[:, :-1], everything[:, -1]
     words = rows.view(torch.int64 if rows.dtype == torch.float64 else torch.int32)
     if looks:
-        _check(words.tolist(), header.total, shard)
+        _check(words.tolist(), header.total, shard, width)
     else:
         # The sums alone: a state's peak goes through a maximum, which need not keep a NaN.
         states[..., 1:4].masked_fill_(words[:, CHECKSUM].sum() != header.total, float("nan"))
     return states
 
 
-def _check(table: list[list[int]], total: int, shard: Shard) -> None:
+def _check(table: list[list[int]], total: int, shard: Shard, width: int) -> None:
+    differ = sum(row[CHECKSUM] for row in table) != total
+    if any(row[START] == row[ASKED] == row[CHECKSUM] for row in table):  # of a rank that does not look
+        if differ:
+            raise ValueError(
+                f"group: this rank holds {width} columns, {shard.width} when the ranks last asked each other, "
+                "and others hold as many as then, so that they go on and get NaN; vocabularies of several sizes "
+                "want a VocabShard"
+            )
+        return
     if not covered(table):
         moved_or_wrong(table, shard)
-    if sum(row[CHECKSUM] for row in table) != total:
+    if differ:
         raise ValueError(
             "group: the ranks differ in labels, ignore_index, objective or settings, which have to be the "
             "same; DEFT_KERNELS_VALIDATE=1 says in which"
@@ -143,16 +155,11 @@ def covered(table: list[list[int]]) -> bool:
 
 def moved_or_wrong(table: list[list[int]], shard: Shard) -> None:
     widths = tuple(row[WIDTH] for row in table)
-    if all(row[FLAGS] & ASKED for row in table):
-        if all(row[FLAGS] & LOOKS for row in table):
-            remember(group_of(shard.group), widths)
-            raise ColumnsMoved(
-                f"group: the ranks hold {widths} columns, others than when they last asked each other; "
-                "compiled code keeps the columns it was traced with: pass a VocabShard"
-            )
-        raise ValueError(
-            f"group: the ranks hold {widths} columns, and only some of them others than when they last asked "
-            "each other, so that the rest go on and get NaN; vocabularies of several sizes want a VocabShard"
+    if all(row[ASKED] for row in table):
+        remember(group_of(shard.group), widths)
+        raise ColumnsMoved(
+            f"group: the ranks hold {widths} columns, others than when they last asked each other; compiled "
+            "code keeps the columns it was traced with: pass a VocabShard"
         )
     places = ", ".join(
         f"rank {rank} has [{row[START]}, {row[START] + row[WIDTH]}) of {row[SIZE]}"

@@ -18,8 +18,6 @@ from torch import Tensor
 
 from .agreement import (
     ASKED,
-    FLAGS,
-    LOOKS,
     WIDTH,
     ColumnsMoved,
     covered,
@@ -102,7 +100,7 @@ def compare(
         "chunk_bytes": budget,
         "which gradients are wanted": 0 if hidden is None else 1 + wanted,
     }
-    place = (shard.start, width, shard.size, LOOKS + ASKED * (shard.width >= 0))
+    place = (shard.start, width, shard.size, int(shard.width >= 0))
     table = _exchange(group_of(shard.group), labels.device, [*place, *digest.values()])
     if len({row[4] for row in table}) == 1 and not covered(table):
         moved_or_wrong(table, shard)
@@ -131,7 +129,7 @@ def _exchange(group: Any, device: torch.device, words: list[int]) -> list[list[i
     _Step.compared = True
     padded = [*words, *[0] * (4 + len(DIGEST) - len(words))]
     table: list[list[int]] = all_gather(torch.tensor(padded, device=device), group).tolist()
-    failed = [rank for rank, row in enumerate(table) if row[FLAGS] == FAILED]
+    failed = [rank for rank, row in enumerate(table) if row[ASKED] == FAILED]
     if failed:
         raise RuntimeError(
             f"group: rank {failed[0]} raised an error in this call, which says what is wrong there"
@@ -141,7 +139,7 @@ def _exchange(group: Any, device: torch.device, words: list[int]) -> list[list[i
 
 def _asked(group: Any, width: int, device: torch.device) -> None:
     """Under validation the columns are asked for before each call, so that nothing remembered is outdated."""
-    question = [0, width, 0, LOOKS + ASKED, len(CALLS)]
+    question = [0, width, 0, 1, len(CALLS)]
     table = _exchange(group, device, question)
     if any(row[4] != len(CALLS) for row in table):
         raise ValueError("group: some ranks give a ProcessGroup, others a VocabShard or make another call")
