@@ -129,9 +129,9 @@ def _check(table: list[list[int]], total: int, shard: Shard, width: int) -> None
     if any(row[START] == row[ASKED] == row[CHECKSUM] for row in table):  # of a rank that does not look
         if differ:
             raise ValueError(
-                f"group: this rank holds {width} columns, {shard.width} when the ranks last asked each other, "
-                "and others hold as many as then, so that they go on and get NaN; vocabularies of several sizes "
-                "want a VocabShard"
+                f"group: this rank holds {width} columns, {shard.width} when the ranks last asked each "
+                "other, and others hold as many as then, so that they go on and get NaN; vocabularies of "
+                "several sizes want a VocabShard"
             )
         return
     if not covered(table):

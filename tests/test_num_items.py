@@ -1,4 +1,4 @@
-"""`num_items` as a tensor, which a trainer makes by counting: as strict as a number where the host can see it."""
+"""`num_items` as a tensor, which a trainer makes by counting: as strict as a number if the host sees it."""
 
 from __future__ import annotations
 
