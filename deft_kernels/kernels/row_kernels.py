@@ -11,7 +11,7 @@ fused_kernel        all of it for a row in one launch
 import triton
 import triton.language as tl
 
-from .device import narrowed, softcapped, tanh_slope
+from .device import cap_slope, narrowed, softcapped
 from .finish import BY_COLLISION, BY_ENTROPY, BY_MAX_PROB, finish_row, floor_of, store_ignored, weights_of
 from .parts import load_parts, store_state
 from .state import count_ties, reduce_row
@@ -181,9 +181,8 @@ def gradient_of_slice(
             # Only the program that writes the target's element needs its logit. In place, others would read
             # what that program has already overwritten; its own threads wait for each other.
             own = (label + lead >= start) & (label + lead < stop)
-            target *= tanh_slope(
-                target_of(logits + at + lead, tl.where(own, label, -1), vocabulary) / softcap
-            )
+            raw_target = target_of(logits + at + lead, tl.where(own, label, -1), vocabulary)
+            target *= cap_slope(raw_target, softcap)
             tl.debug_barrier()
         weights = class_weight
         if WEIGHTED:
@@ -317,7 +316,7 @@ def fused_kernel(
         # In place: nobody may overwrite a logit that another thread's reduction has still to read.
         tl.debug_barrier()
         if SOFTCAP:
-            target *= tanh_slope(raw_target / softcap)
+            target *= cap_slope(raw_target, softcap)
         if kept != 0.0:
             write_gradient(
                 base, dlogits + to, start, stop, label + lead, weights, k, softcap, offset,

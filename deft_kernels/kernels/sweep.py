@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .device import exp2, fma, narrowed, softcapped, tanh_slope, widened
+from .device import cap_slope, exp2, fma, narrowed, softcapped, widened
 from .edges import edge_column, whole_loads
 
 
@@ -33,7 +33,7 @@ def tile_gradient(
         else:
             d -= spread
     if SOFTCAP:
-        d *= tanh_slope(wide / softcap)
+        d *= cap_slope(wide, softcap)
     return d
 
 
