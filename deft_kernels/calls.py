@@ -14,7 +14,7 @@ from .agreement import validating
 from .objectives import TABLE, Objective, resolve
 from .parallel import Shard, VocabShard, group_name, remember, resolved, vocabulary_of
 from .reductions import class_weights
-from .statistics import Field, RowStatistics, with_stand_ins
+from .statistics import Field, RowStatistics, predicted_classes, with_stand_ins
 
 RowLoss = Callable[[RowStatistics], Tensor]
 
@@ -111,7 +111,7 @@ def _fits(group: Any, labels: Tensor, ignore_index: int, weight: Any) -> bool:
     return not bool(((labels >= size) & (labels != ignore_index)).any())
 
 
-def statistics_record(rows: Tensor, shape: torch.Size) -> RowStatistics:
+def statistics_record(rows: Tensor, shape: torch.Size, vocabulary: int) -> RowStatistics:
     def field(index: Field) -> Tensor:
         return rows[index].reshape(shape)
 
@@ -124,6 +124,7 @@ def statistics_record(rows: Tensor, shape: torch.Size) -> RowStatistics:
         field(Field.CORRECT) != 0,
         field(Field.ALPHA),
         field(Field.GATE),
+        predicted_classes(rows, shape, vocabulary),
     )
 
 

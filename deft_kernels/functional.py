@@ -16,7 +16,7 @@ from .objectives import Objective
 from .parallel import VocabShard
 from .reductions import Reduction, Weighting, in_forward
 from .spec import Spec
-from .statistics import Field, RowStatistics
+from .statistics import Field, RowStatistics, detached, predicted_classes
 from .validation import in_step
 
 if TYPE_CHECKING:
@@ -128,10 +128,11 @@ def deft_loss(
         out of bounds is read; DEFT_KERNELS_VALIDATE=1 raises there too, for a device synchronisation.
         With a group, ranks whose columns, labels or settings do not fit together raise on the CPU; on a GPU
         their losses are NaN. DEFT_KERNELS_VALIDATE=1 compares them by name (docs/parallel.md).
-    Memory: forward 1 read of the logits; backward 1 read and 1 write. Saved: the logits and 18 numbers a
+    Memory: forward 1 read of the logits; backward 1 read and 1 write. Saved: the logits and 19 numbers a
         row. Gradient in the forward: 1 read and 1 write in all, the gradient alive from the forward on.
         With a group: one all-gather in the forward, of 5 numbers for each row and for one row more, 6 with
-        label smoothing, one more for exact gradients through max p; nothing in the backward.
+        label smoothing, one more each for exact gradients through max p and for return_stats; nothing in the
+        backward.
     Limits: |logits| / temperature below 1.8e8 in the largest of a row, NaN beyond. First derivatives only, by
         backward() and torch.autograd; neither forward mode nor torch.func (backend="reference": any).
     Source: DEFT, arXiv:2602.11424.
@@ -185,8 +186,7 @@ def deft_loss(
             own_rows(objective, stats, weight, flat, valid, settings["z_loss"]), valid, flat
         )
         loss = loss.reshape(shape) if reduction == "none" else loss
-        detached = RowStatistics(*(s.detach() for s in stats if s is not None))
-        return (loss, detached) if return_stats else loss
+        return (loss, detached(stats)) if return_stats else loss
 
     if chosen == "reference":
         for name, asked in (("inplace", inplace), ("grad_in_forward", grad_in_forward)):
@@ -212,7 +212,7 @@ def deft_loss(
         row_losses, rows = operators.row_loss(logits, flat, weight, ignore_index, code, numbers)
         loss = weighting.reduce(row_losses, rows[Field.KEPT] != 0, flat)
         loss = loss.reshape(shape) if reduction == "none" else loss
-    return (loss, statistics_record(rows, shape)) if return_stats else loss
+    return (loss, statistics_record(rows, shape, vocabulary)) if return_stats else loss
 
 
 def _loss_with_gradient(
@@ -292,10 +292,11 @@ def row_statistics(
 
     Args: as in `deft_loss`.
     Returns: `RowStatistics`, every tensor of the labels' shape, nats, fp32 (fp64 for fp64 logits); alpha and
-        gate are None, `correct` is bool. Ignored rows are 0 and pass no gradient.
+        gate are None, `correct` is bool, `predicted` int64. Ignored rows are 0 (predicted: -1) and pass no
+        gradient.
     Raises: as `deft_loss`.
-    Memory: forward 1 read of the logits; backward 1 read and 1 write. Saved: the logits and 18 numbers a row.
-        With a group: one all-gather of 6 numbers a row in the forward, nothing in the backward.
+    Memory: forward 1 read of the logits; backward 1 read and 1 write. Saved: the logits and 19 numbers a row.
+        With a group: one all-gather of 7 numbers a row in the forward, nothing in the backward.
     Source: docs/mathematics.md.
     """
     if is_dtensor(logits):
@@ -319,11 +320,12 @@ def row_statistics(
             ~valid.unsqueeze(-1), 0.0
         )
         values = reference.statistics(z, flat.reshape(shape), ignore_index)
-        return RowStatistics(**{name: value.masked_fill(~valid, 0) for name, value in values.items()})
+        return RowStatistics(**reference.without_ignored(values, valid))
     arguments.check_no_transform(logits)
     spec = Spec(objectives.of_statistics(), **settings, statistics=True, backend=chosen, shard=shard)
     code, numbers = spec.encode()
     outputs = operators.row_statistics(_addressable(logits), flat, ignore_index, code, numbers)
     logp, lse, collision, entropy, max_prob = (value.reshape(shape) for value in outputs[:5])
     correct = outputs[5][Field.CORRECT].reshape(shape) != 0
-    return RowStatistics(logp, lse, collision, entropy, max_prob, correct)
+    predicted = predicted_classes(outputs[5], shape, spec.vocabulary(logits.shape[-1]))
+    return RowStatistics(logp, lse, collision, entropy, max_prob, correct, predicted=predicted)

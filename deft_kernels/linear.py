@@ -18,7 +18,7 @@ from .objectives import Objective
 from .parallel import VocabShard
 from .reductions import Reduction, Weighting, in_forward_obstacle
 from .spec import Spec
-from .statistics import Field, RowStatistics
+from .statistics import Field, RowStatistics, detached, predicted_classes
 from .validation import in_step
 
 if TYPE_CHECKING:
@@ -150,14 +150,14 @@ def fused_linear_deft_loss(
         the dtype of hidden, weight and bias, that of weight and bias summed in fp32 and cast once. Gradients
         made in the forward (see Memory) are scaled by an upstream that is not 1, and rounded once more.
     Raises: as `deft_loss`; TypeError for hidden, weight and bias of different dtypes without autocast.
-    Memory: chunk_bytes, 18 numbers a row, and the gradients that are wanted; with half-precision products and
+    Memory: chunk_bytes, 19 numbers a row, and the gradients that are wanted; with half-precision products and
         more than one chunk also dW in fp32 until it is cast; under autocast the weight's copy in its dtype.
         Matrix products: 1 without gradients. 3 with them, which a mean or a sum makes in the forward. 4 where
         they wait for the backward: "none", float16 (which would lose small gradients before the loss scale is
         known), a mean over a band on p without num_items, differentiable token_weight or num_items, and a
         function of RowStatistics. `cayley` makes the logits once more first, for the batch's mean p, unless
         mean_prob is given.
-        With a group: one all-gather of 5 to 7 numbers a row for each chunk of the forward, and one all-reduce
+        With a group: one all-gather of 5 to 8 numbers a row for each chunk of the forward, and one all-reduce
         of hidden's gradient, in fp32 for half precision.
     Limits: first derivatives only. On a GPU the host waits once for the number of rows that count, and once
         for cayley's mean p.
@@ -205,12 +205,12 @@ def fused_linear_deft_loss(
             )
         spec = Spec(objectives.of_statistics(), **settings, statistics=True, backend=chosen, shard=shard)
         loss, stats = call.of_function(objective, spec, weighting, labels.shape)
-    else:
-        spec = Spec(objective, **settings, statistics=return_stats, backend=chosen, shard=shard)
-        loss, rows = call.of_objective(spec, weighting)
-        stats = statistics_record(rows, labels.shape)
+        loss = loss.reshape(labels.shape) if reduction == "none" else loss
+        return (loss, stats) if return_stats else loss
+    spec = Spec(objective, **settings, statistics=return_stats, backend=chosen, shard=shard)
+    loss, rows = call.of_objective(spec, weighting)
     loss = loss.reshape(labels.shape) if reduction == "none" else loss
-    return (loss, stats) if return_stats else loss
+    return (loss, statistics_record(rows, labels.shape, vocabulary)) if return_stats else loss
 
 
 class _Call:
@@ -266,8 +266,9 @@ class _Call:
         *vectors, rows = linear_operators.linear_statistics(*args)
         logp, lse, collision, entropy, max_prob = (vector.reshape(shape) for vector in vectors)
         correct = rows[Field.CORRECT].reshape(shape) != 0
-        stats = RowStatistics(logp, lse, collision, entropy, max_prob, correct)
+        predicted = predicted_classes(rows, shape, spec.vocabulary(self.inputs[1].shape[0]))
+        stats = RowStatistics(logp, lse, collision, entropy, max_prob, correct, predicted=predicted)
         valid = self.labels != self.ignore_index
         losses = own_rows(objective, stats, weighting.class_weight, self.labels, valid, spec.z_loss)
         loss = weighting.reduce(losses, valid, self.labels)
-        return loss, RowStatistics(*(s.detach() for s in stats if s is not None))
+        return loss, detached(stats)

@@ -23,7 +23,7 @@ def transformed(logits: Tensor, softcap: float | None = None, temperature: float
 
 
 def statistics(z: Tensor, labels: Tensor, ignore_index: int = -100) -> dict[str, Tensor]:
-    """logp, lse, collision, entropy, max_prob, correct of transformed logits z [N, V]; labels [N]."""
+    """logp, lse, collision, entropy, max_prob, correct, predicted of transformed z [N, V]; labels [N]."""
     target = labels.masked_fill(labels == ignore_index, 0)
     log_p = torch.log_softmax(z, dim=-1)
     p = log_p.exp()
@@ -31,13 +31,22 @@ def statistics(z: Tensor, labels: Tensor, ignore_index: int = -100) -> dict[str,
     positive = p > 0
     p_log_p = torch.where(positive, p * torch.where(positive, log_p, 0.0), torch.where(p.isnan(), p, 0.0))
     z_target = z.gather(-1, target.unsqueeze(-1)).squeeze(-1)
+    max_prob = p.amax(-1)
     return {
         "logp": log_p.gather(-1, target.unsqueeze(-1)).squeeze(-1),
         "lse": torch.logsumexp(z, dim=-1),
         "collision": (p * p).sum(-1),
         "entropy": -p_log_p.sum(-1),
-        "max_prob": p.amax(-1),
+        "max_prob": max_prob,
         "correct": z_target >= z.amax(-1),
+        "predicted": z.detach().argmax(-1).masked_fill(max_prob.isnan(), -1),
+    }
+
+
+def without_ignored(stats: dict[str, Tensor], valid: Tensor) -> dict[str, Tensor]:
+    """The statistics, 0 where a row is not `valid`, and the predicted class -1."""
+    return {
+        name: value.masked_fill(~valid, -1 if name == "predicted" else 0) for name, value in stats.items()
     }
 
 
@@ -142,7 +151,7 @@ def loss(
         # Padding may hold NaN in the token weights as in the logits.
         rows = rows * torch.where(kept, token_weight.reshape(-1).to(rows.dtype), 0.0)
 
-    stats = {name: value.detach().masked_fill(~valid, 0).reshape(shape) for name, value in stats.items()}
+    stats = {name: value.detach().reshape(shape) for name, value in without_ignored(stats, valid).items()}
     if reduction == "none":
         return rows.reshape(shape), stats
     total = rows.sum()

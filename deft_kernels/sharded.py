@@ -38,6 +38,9 @@ class Sharded:
         else:
             weight = self._columns(class_weight, width)
             states = self.backend.row_states(logits, local, weight, -1, spec)
+            if spec.statistics:
+                # The predicted column, counted from this rank's first.
+                states[:, -1] += self.shard.start
         states = gathered(states, self.shard, width, labels, ignore_index, spec)
         return self.backend.states_loss(states, labels, class_weight, self.shard.size, ignore_index, spec)
 

@@ -4,11 +4,11 @@ With x_j = k z_j - offset, k = log2(e) / temperature, and offset = k max z_j rou
 
     0 peak = max z_j    1 s = sum 2^x_j    2 u = sum 2^(2 x_j)    3 t = sum 2^x_j x_j    4 target = z_y
 
-then, where they are asked for, the sum of w_j z_j (label smoothing) and how many columns hold the peak (exact
-gradients through max p). s, u and t run over all columns but one largest, which the peak stands for: a sum
-that holds its 1 has lost the digits of a confident row. The offset follows from the peak and is no part of
-the state. Of a part without the target z_y is -inf, which is also its value in the identity
-(-inf, 0, 0, 0, -inf). The kernels' twin is `kernels/state.py`.
+then, where they are asked for, the sum of w_j z_j (label smoothing), how many columns hold the peak (exact
+gradients through max p), and 1 + the first of these columns (statistics). s, u and t run over all columns but
+one largest, which the peak stands for: a sum that holds its 1 has lost the digits of a confident row. The
+offset follows from the peak and is no part of the state. Of a part without the target z_y is -inf, which is
+also its value in the identity (-inf, 0, 0, 0, -inf). The kernels' twin is `kernels/state.py`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ LARGEST_OFFSET = 2.0**28
 
 
 def state_size(spec: Spec) -> int:
-    """Numbers in a state: 5, one more with label smoothing, one more for the gradient through max p."""
-    return 5 + (spec.label_smoothing > 0) + spec.peaks
+    """Numbers in a state: 5, and one more each for label smoothing, exact max p and statistics."""
+    return 5 + (spec.label_smoothing > 0) + spec.peaks + spec.statistics
 
 
 def identity(count: int, spec: Spec, like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -67,8 +67,11 @@ def combine(states: Tensor, spec: Spec, k: float) -> tuple[Fields, Tensor | None
     logs = r * (t + moved * s) + torch.where(e == 0, 0.0, x * e)
     fields: Fields = {}
     if spec.peaks:
-        ties = states[..., -1].double()
+        ties = states[..., 5 + (spec.label_smoothing > 0)].double()
         fields[Field.TIES] = torch.where(peaks == peak, ties, 0.0).sum(0)
+    if spec.statistics:
+        columns = states[..., -1].double()
+        fields[Field.PREDICTED] = torch.where(peaks == peak, columns, math.inf).amin(0)
     x_peak = peak * k - offset
     largest = torch.exp2(x_peak)
     squares = (u * (r * r) + e * e).sum(0)
@@ -110,5 +113,8 @@ def statistics_of(
     fields[Field.LSE] = peak / temperature + log_sum
     fields[Field.COLLISION] = (u + apart * apart) / (s * s)
     fields[Field.MAX_PROB] = torch.exp2(x_peak) / s
+    if Field.PREDICTED in fields:
+        # A row of NaN or of masks alone predicts nothing.
+        fields[Field.PREDICTED] = fields[Field.PREDICTED].masked_fill(fields[Field.MAX_PROB].isnan(), 0.0)
     if t is not None:
         fields[Field.ENTROPY] = (log_sum - LN2 * (t - x_peak * rest) / s).clamp_(min=0.0)

@@ -18,7 +18,11 @@ class RowStatistics(NamedTuple):
     correct: bool, whether the target's logit is at least every other (top-1).
     alpha, gate: focus index and trust gate of the objective; None from `row_statistics`, which has none.
         alpha is 0 for `eaft`, a weighted NLL without a focus index.
-    Ignored rows hold 0 and False; rows that a band on p drops keep their statistics and have gate 0.
+    predicted: int64, the first class with the largest (soft-capped) logit, as torch.argmax gives it; -1 where
+        max_prob is NaN, as a NaN among the logits makes it. None for more than 2^24 classes, which fp32
+        cannot count.
+    Ignored rows hold 0, False and a predicted -1; rows that a band on p drops keep their statistics and have
+    gate 0.
     """
 
     logp: Tensor
@@ -29,6 +33,22 @@ class RowStatistics(NamedTuple):
     correct: Tensor
     alpha: Tensor | None = None
     gate: Tensor | None = None
+    predicted: Tensor | None = None
+
+
+# Classes that every fp32 number can tell apart, 1 to 2^24.
+COUNTABLE = 2**24
+
+
+def predicted_classes(rows: Tensor, shape: torch.Size, vocabulary: int) -> Tensor | None:
+    """`RowStatistics.predicted` from the packed rows of a call that asked for statistics."""
+    if rows.dtype == torch.float32 and vocabulary > COUNTABLE:
+        return None
+    return (rows[Field.PREDICTED].reshape(shape) - 1).long()
+
+
+def detached(stats: RowStatistics) -> RowStatistics:
+    return RowStatistics(*(None if s is None else s.detach() for s in stats))  # type: ignore[arg-type]
 
 
 def with_stand_ins(stats: RowStatistics, valid: Tensor) -> RowStatistics:
@@ -46,6 +66,7 @@ def with_stand_ins(stats: RowStatistics, valid: Tensor) -> RowStatistics:
         stats.entropy.where(valid, 1.5 * log2),
         stats.max_prob.where(valid, 0.5),
         stats.correct,
+        predicted=stats.predicted,
     )
 
 
@@ -54,8 +75,9 @@ class Field(IntEnum):
 
     OFFSET and SUM are the state of the softmax in the log2 domain: p_j = 2^(k z_j - OFFSET) / SUM with
     k = log2(e) / temperature rounded to the buffer's dtype. OFFSET need only be near the maximum, so that its
-    own rounding cancels: unlike lse it costs no precision at |z| = 300. A, B, C, PEAK_GRAD and TARGET are the
-    coefficients of the gradient for an upstream of 1 (see `rows.coefficients`).
+    own rounding cancels: unlike lse it costs no precision at |z| = 300. PREDICTED is 1 + the first column
+    with the largest logit, so that 0, which rows that count for nothing hold everywhere, is none. A, B, C,
+    PEAK_GRAD and TARGET are the coefficients of the gradient for an upstream of 1 (see `rows.coefficients`).
     """
 
     # Enum's own is a Python function that hashes the name, a third of a dictionary's time.
@@ -74,11 +96,12 @@ class Field(IntEnum):
     SUM = 10
     PEAK = 11
     TIES = 12
-    A = 13
-    B = 14
-    C = 15
-    PEAK_GRAD = 16
-    TARGET = 17
+    PREDICTED = 13
+    A = 14
+    B = 15
+    C = 16
+    PEAK_GRAD = 17
+    TARGET = 18
 
 
 # The fields of some rows while they are worked on, each [R]; what is absent is zero.

@@ -45,8 +45,8 @@ def install(
     As Liger's, a mean divides by the sum of the class weights, and its z-loss by the number of rows; with
     both the host waits for that sum once a call.
     Raises: RuntimeError when it is installed already; ImportError without liger-kernel. The replacement
-        raises for what it cannot do: return_z_loss, return_predicted_tokens, use_token_scaling, an
-        accum_dtype that is not fp32, chunk_mem_const.
+        raises for what it cannot do: return_z_loss, use_token_scaling, an accum_dtype that is not fp32,
+        chunk_mem_const.
     """
     global _original
     import liger_kernel.transformers.functional as functional
@@ -125,7 +125,6 @@ class _Replacement:
                 use_token_scaling,
                 'scaling by p is an objective, install("dft"), which leaves z-loss and smoothing unscaled',
             ),
-            "return_predicted_tokens": (return_predicted_tokens, "no arg max is kept"),
             "accum_dtype": (accum_dtype not in (None, torch.float32), "gradients are summed in fp32"),
             "chunk_mem_const": (chunk_mem_const != 1, "pass chunk_bytes= to install"),
         }
@@ -145,7 +144,8 @@ class _Replacement:
             "reduction": reduction,
             "softcap": softcap,
         }
-        keywords["return_stats"] = self.statistics is not None or return_token_accuracy
+        apart = return_token_accuracy or return_predicted_tokens
+        keywords["return_stats"] = self.statistics is not None or apart
 
         def make(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
             return fused_linear_deft_loss(hidden, weight, target, bias, **keywords)
@@ -165,14 +165,17 @@ class _Replacement:
             self.statistics.calls.note(loss, own_mean=reduction == "mean")
         if self.watch is not None and torch.is_grad_enabled():
             self.watch.seen(loss)
-        if not return_token_accuracy:
+        if not apart:
             return loss
         from liger_kernel.transformers.functional import CrossEntropyOutput
 
-        accuracy = stats.correct.float()
-        if reduction != "none":
-            accuracy = accuracy.sum() / valid.sum().clamp(min=1)
-        return CrossEntropyOutput(loss=loss, token_accuracy=accuracy)
+        accuracy = None
+        if return_token_accuracy:
+            accuracy = stats.correct.float()
+            if reduction != "none":
+                accuracy = accuracy.sum() / valid.sum().clamp(min=1)
+        tokens = stats.predicted if return_predicted_tokens else None
+        return CrossEntropyOutput(loss=loss, token_accuracy=accuracy, predicted_tokens=tokens)
 
     def _z_loss(
         self, scale: float, target: Tensor, ce_weight: Tensor | None, ignore_index: int, reduction: Any

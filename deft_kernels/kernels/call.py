@@ -85,6 +85,7 @@ def objective_constants(spec: Spec) -> dict[str, Any]:
         "Z_LOSS": spec.z_loss > 0,
         "SMOOTHED": spec.label_smoothing > 0,
         "ENTROPY": spec.needs_entropy,
+        "PREDICTED": spec.statistics,
     }
 
 

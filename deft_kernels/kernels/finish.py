@@ -35,7 +35,7 @@ def floor_of(floor, BATCH: tl.constexpr):
 @triton.jit
 def finish_row(
     rows, loss_ptr, row, n_rows, z_target, w_target, weight_total, peak, offset, s, u, t, zsum, ties,
-    vocabulary, k, temperature, alpha, eps, power, scale, floor, low, high, z_loss, smoothing,
+    predicted, vocabulary, k, temperature, alpha, eps, power, scale, floor, low, high, z_loss, smoothing,
     FOCUS: tl.constexpr, FAMILY: tl.constexpr, THROUGH: tl.constexpr, IS_WEIGHT: tl.constexpr,
     BANDED: tl.constexpr, Z_LOSS: tl.constexpr, SMOOTHED: tl.constexpr, WEIGHTED: tl.constexpr,
     ENTROPY: tl.constexpr, MODE: tl.constexpr,
@@ -44,6 +44,7 @@ def finish_row(
 
     s, u, t: without the largest column, which `peak` stands for (see `state`).
     z_target: the target's logit, soft-capped; NaN for a label out of range, so that the row shows it.
+    predicted: 1 + the first column with the largest logit, or 0 where nobody asks for it.
     """
     # The largest probability's own 2^x, then everything relative to it: ln(1 + rest) keeps the digits of a
     # confident row, and differences of logits are exact where lse would be rounded at the size of the logits.
@@ -59,6 +60,8 @@ def finish_row(
     s += e_peak
     collision = (u + e_peak * e_peak) / (s * s)
     max_prob = e_peak / s
+    # A row of NaN or of masks alone predicts nothing.
+    predicted = tl.where(max_prob == max_prob, predicted, 0.0)
     entropy = 0.0 * s
     if ENTROPY:
         entropy = log_sum - LN2 * (t - x_peak * rest_sum) / s
@@ -138,7 +141,7 @@ def finish_row(
     correct = tl.where((z_target >= peak) & (s == s), 1.0, 0.0)
     store_fields(
         rows, row, n_rows, logp, lse, collision, entropy, max_prob, correct, shown, gate, kept, offset, s,
-        peak, ties, a, b, c, peak_grad, target,
+        peak, ties, predicted, a, b, c, peak_grad, target,
     )  # fmt: skip
     return kept, a, b, c, peak_grad, target
 
@@ -146,7 +149,7 @@ def finish_row(
 @triton.jit
 def store_fields(
     rows, row, n_rows, logp, lse, collision, entropy, max_prob, correct, alpha, gate, kept, offset, s,
-    peak, ties, a, b, c, peak_grad, target,
+    peak, ties, predicted, a, b, c, peak_grad, target,
 ):  # fmt: skip
     """The packed fields of a row, n_rows apart; the order is that of `statistics.Field`."""
     to = rows + row
@@ -163,11 +166,12 @@ def store_fields(
     tl.store(to + 10 * n_rows, s)
     tl.store(to + 11 * n_rows, peak)
     tl.store(to + 12 * n_rows, ties)
-    tl.store(to + 13 * n_rows, a)
-    tl.store(to + 14 * n_rows, b)
-    tl.store(to + 15 * n_rows, c)
-    tl.store(to + 16 * n_rows, peak_grad)
-    tl.store(to + 17 * n_rows, target)
+    tl.store(to + 13 * n_rows, predicted)
+    tl.store(to + 14 * n_rows, a)
+    tl.store(to + 15 * n_rows, b)
+    tl.store(to + 16 * n_rows, c)
+    tl.store(to + 17 * n_rows, peak_grad)
+    tl.store(to + 18 * n_rows, target)
 
 
 @triton.jit
@@ -176,5 +180,5 @@ def store_ignored(rows, loss_ptr, row, n_rows):
     tl.store(loss_ptr + row, 0.0)
     store_fields(
         rows, row, n_rows, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0,
-        0.0, 0.0,
+        0.0, 0.0, 0.0,
     )  # fmt: skip

@@ -72,8 +72,9 @@ def row_states(
     joined = torch.zeros(call.count, state_size(spec), dtype=torch.float32, device=call.device)
     combine_kernel[(call.count,)](
         labels, states, joined, splits, ignore_index, call.k,
-        SMOOTHED=spec.label_smoothing > 0, TIES=spec.peaks, ENTROPY=spec.needs_entropy,
-        SPLITS=triton.next_power_of_2(splits), MODE=call.mode, num_warps=1, **call.options,
+        SMOOTHED=spec.label_smoothing > 0, TIES=spec.peaks, PREDICTED=spec.statistics,
+        ENTROPY=spec.needs_entropy, SPLITS=triton.next_power_of_2(splits), MODE=call.mode,
+        num_warps=1, **call.options,
     )  # fmt: skip
     return joined
 

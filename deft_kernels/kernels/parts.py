@@ -8,7 +8,10 @@ from .state import combine, offset_of
 
 
 @triton.jit
-def store_state(to, peak, s, u, t, z_target, zsum, ties, SMOOTHED: tl.constexpr, TIES: tl.constexpr):
+def store_state(
+    to, peak, s, u, t, z_target, zsum, ties, predicted,
+    SMOOTHED: tl.constexpr, TIES: tl.constexpr, PREDICTED: tl.constexpr,
+):  # fmt: skip
     tl.store(to, peak)
     tl.store(to + 1, s)
     tl.store(to + 2, u)
@@ -18,15 +21,17 @@ def store_state(to, peak, s, u, t, z_target, zsum, ties, SMOOTHED: tl.constexpr,
         tl.store(to + 5, zsum)
     if TIES:
         tl.store(to + (5 + SMOOTHED), ties)
+    if PREDICTED:
+        tl.store(to + (5 + SMOOTHED + TIES), predicted)
 
 
 @triton.jit
 def load_parts(
     states, parts, stride, k,
-    PARTS: tl.constexpr, SMOOTHED: tl.constexpr, TIES: tl.constexpr, ENTROPY: tl.constexpr,
-    MODE: tl.constexpr,
+    PARTS: tl.constexpr, SMOOTHED: tl.constexpr, TIES: tl.constexpr, PREDICTED: tl.constexpr,
+    ENTROPY: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
-    """(peak, offset, s, u, t, z_target, zsum, ties) of a row from its parts, `stride` numbers apart."""
+    """(peak, offset, s, u, t, z_target, zsum, ties, predicted) of a row from its parts, `stride` apart."""
     part = tl.arange(0, PARTS)
     at = states + part.to(tl.int64) * stride
     inside = part < parts
@@ -45,4 +50,8 @@ def load_parts(
         ties = tl.load(at + (5 + SMOOTHED), mask=inside, other=0.0)
     highest, offset, s, u, t, total = combine(peak, offset, s, u, t, zsum, k, PARTS, ENTROPY, MODE)
     ties = tl.sum(tl.where(peak == highest, ties, 0.0), 0)
-    return highest, offset, s, u, t, z_target, total, ties
+    predicted = 0.0
+    if PREDICTED:
+        column = tl.load(at + (5 + SMOOTHED + TIES), mask=inside, other=0.0)
+        predicted = tl.min(tl.where(inside & (peak == highest), column, float("inf")), 0)
+    return highest, offset, s, u, t, z_target, total, ties, predicted

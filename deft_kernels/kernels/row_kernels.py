@@ -14,7 +14,7 @@ import triton.language as tl
 from .device import cap_slope, narrowed, softcapped
 from .finish import BY_COLLISION, BY_ENTROPY, BY_MAX_PROB, finish_row, floor_of, store_ignored, weights_of
 from .parts import load_parts, store_state
-from .state import count_ties, reduce_row
+from .state import count_ties, numbered, reduce_row
 from .sweep import write_gradient, write_zeros
 
 
@@ -48,15 +48,16 @@ def statistics_kernel(
     labels,  # [N] int64
     class_weight,  # [V] or unused
     weight_total,  # [1] or unused
-    rows,  # [18, N] fp32
+    rows,  # [19, N] fp32
     loss,  # [N] fp32
     states,  # [N, splits, size] fp32 when STORED
     n_rows, inner, stride_outer, stride_inner, vocabulary, span, ignore_index, k, softcap, temperature,
     alpha, eps, power, scale, floor, low, high, z_loss, smoothing,
     FOCUS: tl.constexpr, FAMILY: tl.constexpr, THROUGH: tl.constexpr, IS_WEIGHT: tl.constexpr,
     BANDED: tl.constexpr, Z_LOSS: tl.constexpr, SMOOTHED: tl.constexpr, WEIGHTED: tl.constexpr,
-    SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, TIES: tl.constexpr, STORED: tl.constexpr,
-    PEEL: tl.constexpr, TAIL: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, MODE: tl.constexpr,
+    SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, TIES: tl.constexpr, PREDICTED: tl.constexpr,
+    STORED: tl.constexpr, PEEL: tl.constexpr, TAIL: tl.constexpr, LANES: tl.constexpr,
+    WIDTH: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     label = tl.load(labels + row)
@@ -73,25 +74,29 @@ def statistics_kernel(
         weights = class_weight
         if WEIGHTED:
             weights = class_weight - lead
-        peak, offset, s, u, t, zsum = reduce_row(
+        peak, offset, s, u, t, zsum, taken = reduce_row(
             base, start, stop, weights, k, softcap,
-            LANES, WIDTH, SOFTCAP, SMOOTHED, WEIGHTED, ENTROPY, PEEL, TAIL, False, MODE,
+            LANES, WIDTH, SOFTCAP, SMOOTHED, WEIGHTED, ENTROPY, PREDICTED, PEEL, TAIL, False, MODE,
         )  # fmt: skip
         ties = 0.0
         if TIES:
             ties = count_ties(base, start, stop, peak, softcap, LANES, WIDTH, SOFTCAP)
+        predicted = 0.0
+        if PREDICTED:
+            predicted = numbered(taken, lead, stop)
         if STORED:
-            SIZE: tl.constexpr = 5 + SMOOTHED + TIES
+            SIZE: tl.constexpr = 5 + SMOOTHED + TIES + PREDICTED
             to = states + (row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * SIZE
             # A target elsewhere: the identity of the maximum that finds it.
             here = (label >= 0) & (label < vocabulary)
             z_target = tl.where(here, z_target, float("-inf"))
-            store_state(to, peak, s, u, t, z_target, zsum, ties, SMOOTHED, TIES)
+            store_state(to, peak, s, u, t, z_target, zsum, ties, predicted, SMOOTHED, TIES, PREDICTED)
         else:
             w_target, total = weights_of(class_weight, weight_total, label, vocabulary, WEIGHTED)
             finish_row(
                 rows, loss, row, n_rows, z_target, w_target, total, peak, offset, s, u, t, zsum, ties,
-                vocabulary, k, temperature, alpha, eps, power, scale, floor, low, high, z_loss, smoothing,
+                predicted, vocabulary, k, temperature, alpha, eps, power, scale,
+                floor, low, high, z_loss, smoothing,
                 FOCUS, FAMILY, THROUGH, IS_WEIGHT, BANDED, Z_LOSS, SMOOTHED, WEIGHTED, ENTROPY, MODE,
             )  # fmt: skip
     elif not STORED:
@@ -104,18 +109,18 @@ def combine_kernel(
     states,  # [N, splits, size] fp32
     joined,  # [N, size] fp32
     splits, ignore_index, k,
-    SMOOTHED: tl.constexpr, TIES: tl.constexpr, ENTROPY: tl.constexpr, SPLITS: tl.constexpr,
-    MODE: tl.constexpr,
+    SMOOTHED: tl.constexpr, TIES: tl.constexpr, PREDICTED: tl.constexpr, ENTROPY: tl.constexpr,
+    SPLITS: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     if tl.load(labels + row) != ignore_index:
-        SIZE: tl.constexpr = 5 + SMOOTHED + TIES
+        SIZE: tl.constexpr = 5 + SMOOTHED + TIES + PREDICTED
         at = states + row.to(tl.int64) * splits * SIZE
-        peak, _, s, u, t, z_target, zsum, ties = load_parts(
-            at, splits, SIZE, k, SPLITS, SMOOTHED, TIES, ENTROPY, MODE
+        peak, _, s, u, t, z_target, zsum, ties, predicted = load_parts(
+            at, splits, SIZE, k, SPLITS, SMOOTHED, TIES, PREDICTED, ENTROPY, MODE
         )
         to = joined + row.to(tl.int64) * SIZE
-        store_state(to, peak, s, u, t, z_target, zsum, ties, SMOOTHED, TIES)
+        store_state(to, peak, s, u, t, z_target, zsum, ties, predicted, SMOOTHED, TIES, PREDICTED)
 
 
 @triton.jit
@@ -124,28 +129,29 @@ def finish_kernel(
     class_weight,  # [V] or unused
     weight_total,  # [1] or unused
     floor,  # [1] when BATCH: the batch's mean p
-    rows,  # [18, N] fp32
+    rows,  # [19, N] fp32
     loss,  # [N] fp32
     states,  # fp32; state j of row i lies at j stride_outer + i stride_inner
     n_rows, splits, stride_outer, stride_inner, vocabulary, ignore_index, k, temperature,
     alpha, eps, power, scale, low, high, z_loss, smoothing,
     FOCUS: tl.constexpr, FAMILY: tl.constexpr, THROUGH: tl.constexpr, IS_WEIGHT: tl.constexpr,
     BANDED: tl.constexpr, Z_LOSS: tl.constexpr, SMOOTHED: tl.constexpr, WEIGHTED: tl.constexpr,
-    ENTROPY: tl.constexpr, TIES: tl.constexpr, BATCH: tl.constexpr, SPLITS: tl.constexpr,
-    MODE: tl.constexpr,
+    ENTROPY: tl.constexpr, TIES: tl.constexpr, PREDICTED: tl.constexpr, BATCH: tl.constexpr,
+    SPLITS: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     label = tl.load(labels + row)
     if label != ignore_index:
-        peak, offset, s, u, t, z_target, zsum, ties = load_parts(
+        peak, offset, s, u, t, z_target, zsum, ties, predicted = load_parts(
             states + row.to(tl.int64) * stride_inner, splits, stride_outer, k,
-            SPLITS, SMOOTHED, TIES, ENTROPY, MODE,
+            SPLITS, SMOOTHED, TIES, PREDICTED, ENTROPY, MODE,
         )  # fmt: skip
         z_target = tl.where((label >= 0) & (label < vocabulary), z_target, float("nan"))
         w_target, total = weights_of(class_weight, weight_total, label, vocabulary, WEIGHTED)
         finish_row(
             rows, loss, row, n_rows, z_target, w_target, total, peak, offset, s, u, t, zsum, ties,
-            vocabulary, k, temperature, alpha, eps, power, scale, floor_of(floor, BATCH), low, high,
+            predicted, vocabulary, k, temperature, alpha, eps, power, scale,
+            floor_of(floor, BATCH), low, high,
             z_loss, smoothing,
             FOCUS, FAMILY, THROUGH, IS_WEIGHT, BANDED, Z_LOSS, SMOOTHED, WEIGHTED, ENTROPY, MODE,
         )  # fmt: skip
@@ -172,11 +178,11 @@ def gradient_of_slice(
         label = tl.load(labels + row)
         offset = tl.load(rows + 9 * n_rows + row)
         peak = tl.load(rows + 11 * n_rows + row)
-        a = tl.load(rows + 13 * n_rows + row) * factor
-        b = tl.load(rows + 14 * n_rows + row) * factor
-        c = tl.load(rows + 15 * n_rows + row) * factor
-        peak_grad = tl.load(rows + 16 * n_rows + row) * factor
-        target = tl.load(rows + 17 * n_rows + row) * factor
+        a = tl.load(rows + 14 * n_rows + row) * factor
+        b = tl.load(rows + 15 * n_rows + row) * factor
+        c = tl.load(rows + 16 * n_rows + row) * factor
+        peak_grad = tl.load(rows + 17 * n_rows + row) * factor
+        target = tl.load(rows + 18 * n_rows + row) * factor
         if SOFTCAP:
             # Only the program that writes the target's element needs its logit. In place, others would read
             # what that program has already overwritten; its own threads wait for each other.
@@ -202,7 +208,7 @@ def gradient_kernel(
     logits,  # [N, V]
     labels,  # [N] int64
     class_weight,  # [V] or unused
-    rows,  # [18, N] fp32
+    rows,  # [19, N] fp32
     dloss,  # [N], stride dloss_stride
     upstream,  # [1] or unused
     dlogits,  # [N, V], may be the logits
@@ -270,7 +276,7 @@ def fused_kernel(
     labels,  # [N] int64
     class_weight,  # [V] or unused
     weight_total,  # [1] or unused
-    rows,  # [18, N] fp32
+    rows,  # [19, N] fp32
     loss,  # [N] fp32
     row_scale,  # [N] fp32
     dlogits,  # [N, V], may be the logits
@@ -278,7 +284,7 @@ def fused_kernel(
     temperature, alpha, eps, power, scale, floor, low, high, z_loss, smoothing, spread,
     FOCUS: tl.constexpr, FAMILY: tl.constexpr, THROUGH: tl.constexpr, IS_WEIGHT: tl.constexpr,
     BANDED: tl.constexpr, Z_LOSS: tl.constexpr, SMOOTHED: tl.constexpr, WEIGHTED: tl.constexpr,
-    SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, TIES: tl.constexpr,
+    SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, TIES: tl.constexpr, PREDICTED: tl.constexpr,
     PEEL: tl.constexpr, TAIL: tl.constexpr, NEAR: tl.constexpr,
     LANES: tl.constexpr, WIDTH: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
@@ -300,17 +306,21 @@ def fused_kernel(
         weights = class_weight
         if WEIGHTED:
             weights = class_weight - lead
-        peak, offset, s, u, t, zsum = reduce_row(
+        peak, offset, s, u, t, zsum, taken = reduce_row(
             base, start, stop, weights, k, softcap,
-            LANES, WIDTH, SOFTCAP, SMOOTHED, WEIGHTED, ENTROPY, PEEL, TAIL, NEAR, MODE,
+            LANES, WIDTH, SOFTCAP, SMOOTHED, WEIGHTED, ENTROPY, PREDICTED, PEEL, TAIL, NEAR, MODE,
         )  # fmt: skip
         ties = 0.0
         if TIES:
             ties = count_ties(base, start, stop, peak, softcap, LANES, WIDTH, SOFTCAP)
+        predicted = 0.0
+        if PREDICTED:
+            predicted = numbered(taken, lead, stop)
         w_target, total = weights_of(class_weight, weight_total, label, vocabulary, WEIGHTED)
         kept, a, b, c, peak_grad, target = finish_row(
             rows, loss, row, n_rows, z_target, w_target, total, peak, offset, s, u, t, zsum, ties,
-            vocabulary, k, temperature, alpha, eps, power, scale, floor, low, high, z_loss, smoothing,
+            predicted, vocabulary, k, temperature, alpha, eps, power, scale,
+            floor, low, high, z_loss, smoothing,
             FOCUS, FAMILY, THROUGH, IS_WEIGHT, BANDED, Z_LOSS, SMOOTHED, WEIGHTED, ENTROPY, MODE,
         )  # fmt: skip
         # In place: nobody may overwrite a logit that another thread's reduction has still to read.

@@ -127,13 +127,53 @@ def load_tail(row_ptr, columns, last, EVICT: tl.constexpr):
 
 
 @triton.jit
+def columns_of_lane(lane, first, one, LANES: tl.constexpr, WIDTH: tl.constexpr):
+    """Columns [LANES, WIDTH] that the loop gives to lane `one` in the LANES tiles from `first` on."""
+    return first + (lane * (LANES * WIDTH))[:, None] + one * WIDTH + tl.arange(0, WIDTH)[None, :]
+
+
+@triton.jit
+def first_of_row(
+    row_ptr, start, stop, begin, last, peak, highest, winner, taken, softcap,
+    LANES: tl.constexpr, WIDTH: tl.constexpr, SOFTCAP: tl.constexpr, PEEL: tl.constexpr,
+):  # fmt: skip
+    """The first column that holds the row's largest logit; `taken` is the first one of the winning lane.
+
+    Lanes do not note columns in the loop. So each other lane that has met as large a logit is read once more,
+    by all of them together: V / LANES columns, mostly of no lane at all. Lanes go by their number, so that
+    none that follows can come before a column of the first tile.
+    """
+    TILE: tl.constexpr = LANES * WIDTH
+    lane = tl.arange(0, LANES)
+    other = tl.min(tl.where((peak == highest) & (lane > winner), lane, LANES), 0)
+    if PEEL:
+        if other < LANES:
+            edges = edge_column(lane, start, stop, begin, last, WIDTH)
+            z_edge = load_masked(row_ptr, edges, start, stop, softcap, SOFTCAP)
+            taken = tl.minimum(taken, tl.min(tl.where(z_edge == highest, edges, stop), 0))
+    settled = tl.minimum(begin + TILE, last)
+    while (other < LANES) & (taken >= settled):
+        first = tl.multiple_of(begin + 0, WIDTH)
+        while first < last:
+            columns = columns_of_lane(lane, first, other, LANES, WIDTH)
+            z = load_masked(row_ptr, columns, start, last, softcap, SOFTCAP)
+            taken = tl.minimum(taken, tl.min(tl.min(tl.where(z == highest, columns, stop), 1), 0))
+            first += LANES * TILE
+        other = tl.min(tl.where((peak == highest) & (lane > other), lane, LANES), 0)
+    return taken
+
+
+@triton.jit
 def reduce_row(
     row_ptr, start, stop, class_weight, k, softcap,
     LANES: tl.constexpr, WIDTH: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHED: tl.constexpr,
-    WEIGHTED: tl.constexpr, ENTROPY: tl.constexpr, PEEL: tl.constexpr, TAIL: tl.constexpr,
-    NEAR: tl.constexpr, MODE: tl.constexpr,
+    WEIGHTED: tl.constexpr, ENTROPY: tl.constexpr, PREDICTED: tl.constexpr, PEEL: tl.constexpr,
+    TAIL: tl.constexpr, NEAR: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
-    """State (peak, offset, s, u, t, zsum) of the columns [start, stop) of a row, as scalars.
+    """State (peak, offset, s, u, t, zsum) of the columns [start, stop) of a row, as scalars, and a column.
+
+    With PREDICTED that is the first one with the largest logit; `stop` where no column has it, in a row of
+    NaN or of masks alone.
 
     The columns at the edges go first (see `edges`), then four tiles a turn are in flight, and the lanes'
     offsets move once a turn; what is left after the last full turn is masked.
@@ -203,7 +243,7 @@ def reduce_row(
     t0 = tl.zeros((LANES,), tl.float32)
     first = tl.multiple_of(begin + 0, WIDTH)
     while first < last:
-        columns = first + (lane * TILE)[:, None] + winner * WIDTH + tl.arange(0, WIDTH)[None, :]
+        columns = columns_of_lane(lane, first, winner, LANES, WIDTH)
         z = load_masked(row_ptr, columns, start, last, softcap, SOFTCAP)
         taken = tl.minimum(taken, tl.min(tl.min(tl.where(z == highest, columns, stop), 1), 0))
         z = tl.where(columns == taken, float("-inf"), z)
@@ -236,7 +276,18 @@ def reduce_row(
     else:
         zsum = 0.0
     s, u = both_sums(s, u, MODE)
-    return highest, joint, s, u, t, zsum
+    if PREDICTED:
+        taken = first_of_row(
+            row_ptr, start, stop, begin, last, peak, highest, winner, taken, softcap,
+            LANES, WIDTH, SOFTCAP, PEEL,
+        )  # fmt: skip
+    return highest, joint, s, u, t, zsum, taken
+
+
+@triton.jit
+def numbered(column, lead, stop):
+    """1 + the column of a row that begins at `lead`, which fp32 holds up to 2^24; 0 for none."""
+    return tl.where(column < stop, column - lead + 1, 0).to(tl.float32)
 
 
 @triton.jit
