@@ -1,4 +1,7 @@
-"""The predicted class where ranks split the vocabulary, in real processes; every rank knows the whole logits."""
+"""The predicted class where ranks split the vocabulary, in real processes.
+
+Every rank knows the whole logits, and passes its columns.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ BACKENDS = ("torch", "triton")
 
 
 def rows() -> tuple[Tensor, Tensor, Tensor]:
-    """Logits, labels and what is predicted: ties on one rank and on two, a masked part, a NaN, an ignored row."""
+    """Logits, labels and what is predicted: ties on one rank and on two, a masked part, a NaN, no label."""
     z, y = make("plain", N, V, torch.float32)
     z[0, [30, 3]], z[1, [36, 25]] = 9.0, 9.0
     z[2, :20] = float("-inf")
@@ -56,7 +59,7 @@ def logits_in_a_group() -> None:
 
 
 def with_other_numbers_in_a_state() -> None:
-    """Behind the sum of label smoothing, and behind the ties of an exact max p."""
+    """Behind the sum of label smoothing; in `row_statistics` it stands behind the ties of max p."""
     z, y, expected = rows()
     for backend in BACKENDS:
         _, stats = deft_loss(

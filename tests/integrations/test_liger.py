@@ -146,7 +146,6 @@ def test_what_ligers_caller_gives_reaches_the_loss():
     [
         {"return_z_loss": True},
         {"use_token_scaling": True},
-        {"return_predicted_tokens": True},
         {"accum_dtype": torch.bfloat16},
         {"chunk_mem_const": 2},
     ],

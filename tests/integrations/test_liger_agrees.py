@@ -83,6 +83,46 @@ def test_every_combination_is_ligers(ligers, reduction):
             )
 
 
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"reduction": "none"}], ids=str)
+@pytest.mark.parametrize("accuracy", [False, True])
+def test_predicted_tokens_are_ligers(ligers, options, accuracy):
+    """Ties go to the first in both, ignored rows hold -1, and what nobody asked for is None."""
+    liger.install("nll")
+    hidden, head, target, bias = inputs()
+    with torch.no_grad():
+        head[7], bias[7] = head[3], bias[3]
+        bias[3] = bias[7] = 9.0
+        hidden[1:3] *= 30.0
+    found, wanted = (
+        call(
+            hidden,
+            head,
+            target,
+            bias,
+            return_predicted_tokens=True,
+            return_token_accuracy=accuracy,
+            **options,
+        )
+        for call in (functional.liger_fused_linear_cross_entropy, ligers)
+    )
+    assert found.predicted_tokens.dtype == wanted.predicted_tokens.dtype == torch.int64
+    assert torch.equal(found.predicted_tokens, wanted.predicted_tokens)
+    assert 3 in found.predicted_tokens and found.predicted_tokens[2] == -1
+    assert found.z_loss is wanted.z_loss is None
+    assert (found.token_accuracy is None) == (wanted.token_accuracy is None) == (not accuracy)
+    found.loss.sum().backward()
+
+
+def test_predicted_tokens_of_a_gated_loss(ligers):
+    liger.install("eaft")
+    hidden, head, target, bias = inputs()
+    made = functional.liger_fused_linear_cross_entropy(
+        hidden, head, target, bias, return_predicted_tokens=True
+    )
+    expected = torch.nn.functional.linear(hidden, head, bias).argmax(-1).masked_fill(target == -100, -1)
+    assert torch.equal(made.predicted_tokens, expected)
+
+
 def test_the_z_loss_of_a_gated_loss_is_divided_by_the_rows(ligers):
     """Whatever the objective, the z-loss is what Liger would add."""
     liger.install("deft")
