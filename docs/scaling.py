@@ -86,7 +86,7 @@ def step(layout: Layout, links: Links) -> Step:
     accumulation = (8 * (chunks - 1) + 4) * columns * D / MEMORY_RATE
     # The head, its gradient and fp32 sum; hidden, its gradient and, where the head is split, fp32 sum.
     memory = columns * D * (2 + 2 + 4 * (chunks > 1)) + rows * D * (2 + 2 + 4 * (layout.tensor > 1))
-    memory += rows * 18 * 4 + BUDGET
+    memory += rows * 19 * 4 + BUDGET
     return Step(
         products=6 * logits * D / MATRIX_RATE,
         kernels=statistics + gradient,

@@ -71,7 +71,7 @@ def step(device: str, **keywords) -> None:
     ids=["mean", "none", "cayley", "transforms", "band", "function"],
 )
 def test_no_tensor_has_n_times_v_elements(keywords, backend, device):
-    """The largest is the chunk, 16 kB; N * V is 20,480, and the rows have 18 numbers each."""
+    """The largest is the chunk, 16 kB; N * V is 20,480, and the rows have 19 numbers each."""
     with Largest() as watch:
         step(device, backend=backend, **keywords)
     assert watch.inside >= 1
