@@ -1,8 +1,9 @@
 """The operators of the package, registered with torch.library, and their hand-written backward.
 
-Registered, so that torch.compile needs no graph break and opcheck can hold the schema, the shape functions and
-the autograd rule to their word; plain eager calls take the quicker Functions of `eager`. Settings are handed
-over as (code, numbers), see `spec`. Labels are flat, int64, [N]; logits [..., V] keep their shape and strides.
+Registered, so that torch.compile needs no graph break and opcheck can hold the schema, the shape functions
+and the autograd rule to their word; plain eager calls take the quicker Functions of `eager`. Settings are
+handed over as (code, numbers), see `spec`. Labels are flat, int64, [N]; logits [..., V] keep their shape and
+strides.
 """
 
 import os
