@@ -54,6 +54,18 @@ def loss_with_gradient(
     return loss, rows
 
 
+def mean_scale(labels: Tensor, ignore_index: int) -> Tensor:
+    """1 over the number of rows that count, [N] with stride 0, by one launch."""
+    from .kernels import launch
+
+    return launch.mean_scale(labels, ignore_index)
+
+
+def mean_loss(logits: Tensor, labels: Tensor, ignore_index: int, spec: Spec) -> tuple[Tensor, Tensor]:
+    """(mean loss over the rows that count, rows), of the Triton backend: three launches, and two backward."""
+    return MeanLoss.apply(logits, labels, ignore_index, spec)
+
+
 def _room(logits: Tensor, spec: Spec) -> Tensor:
     """Where the gradient goes: a tensor of its own, or the logits' storage, whose later use then raises."""
     if not spec.inplace:
@@ -61,6 +73,19 @@ def _room(logits: Tensor, spec: Spec) -> Tensor:
     overwritten = logits.detach()  # shares storage and version counter
     torch.autograd.graph.increment_version(overwritten)
     return overwritten
+
+
+def gradient(
+    logits: Tensor, labels: Tensor, class_weight: Tensor | None, rows: Tensor, dloss: Tensor, spec: Spec
+) -> Tensor:
+    """By the logits, for an upstream `dloss` [N] of any stride."""
+    if torch.is_grad_enabled() or watched(logits, dloss):
+        # With create_graph=True the operator's own backward is the one that raises.
+        return operators.gradient_of_rows(logits, labels, class_weight, rows, dloss, *spec.encode())
+    dlogits = _room(logits, spec)
+    backend = operators.implementation(spec)
+    backend.gradient(logits, labels, class_weight, rows, dloss, spec, dlogits)
+    return dlogits
 
 
 class RowLoss(torch.autograd.Function):
@@ -83,15 +108,27 @@ class RowLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dloss: Tensor, _: Any) -> Any:
         logits, labels, class_weight, rows = ctx.saved_tensors
-        spec: Spec = ctx.spec
-        if torch.is_grad_enabled() or watched(logits, dloss):
-            # With create_graph=True the operator's own backward is the one that raises.
-            saved = (logits, labels, class_weight, rows)
-            return operators.gradient_of_rows(*saved, dloss, *spec.encode()), None, None, None, None
-        dlogits = _room(logits, spec)
-        backend = operators.implementation(spec)
-        backend.gradient(logits, labels, class_weight, rows, dloss, spec, dlogits)
-        return dlogits, None, None, None, None
+        return gradient(logits, labels, class_weight, rows, dloss, ctx.spec), None, None, None, None
+
+
+class MeanLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int, spec: Spec
+    ) -> tuple[Tensor, Tensor]:
+        operators.check_labels(labels, spec.vocabulary(logits.shape[-1]), ignore_index)
+        scale = mean_scale(labels, ignore_index)
+        loss, rows = operators.implementation(spec).row_loss(logits, labels, None, ignore_index, spec)
+        ctx.mark_non_differentiable(rows)
+        ctx.save_for_backward(logits, labels, rows, scale)
+        ctx.spec = spec
+        return operators.weighted_total(loss, scale, rows, spec), rows
+
+    @staticmethod
+    def backward(ctx: Any, dmean: Tensor, _: Any) -> Any:
+        logits, labels, rows, scale = ctx.saved_tensors
+        dloss = (dmean * scale[:1]).expand(len(labels))
+        return gradient(logits, labels, None, rows, dloss, ctx.spec), None, None, None
 
 
 class LossWithGradient(torch.autograd.Function):
@@ -115,7 +152,7 @@ class LossWithGradient(torch.autograd.Function):
         ctx.mark_non_differentiable(rows)
         ctx.save_for_backward(None if spec.inplace else logits, labels, row_scale, class_weight, rows)
         ctx.dlogits, ctx.spec = dlogits, spec
-        return operators.weighted_total(loss, row_scale, rows), rows
+        return operators.weighted_total(loss, row_scale, rows, spec), rows
 
     @staticmethod
     def backward(ctx: Any, dtotal: Tensor | None, _: Any) -> Any:

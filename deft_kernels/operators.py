@@ -50,8 +50,12 @@ def check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
         )
 
 
-def weighted_total(loss: Tensor, row_scale: Tensor, rows: Tensor) -> Tensor:
+def weighted_total(loss: Tensor, row_scale: Tensor, rows: Tensor, spec: Spec) -> Tensor:
     """sum_i row_scale_i loss_i over the rows that are kept; a scale of NaN or inf elsewhere is not met."""
+    if spec.backend == "triton":
+        from .kernels import launch
+
+        return launch.weighted_total(loss, row_scale, rows)
     return torch.where(rows[Field.KEPT] != 0, loss * row_scale, 0.0).sum()
 
 
@@ -93,7 +97,7 @@ def row_loss_with_gradient(
     loss, rows = implementation(spec).row_loss_with_gradient(
         logits, labels, row_scale, class_weight, ignore_index, spec, dlogits
     )
-    return weighted_total(loss, row_scale, rows), rows, dlogits
+    return weighted_total(loss, row_scale, rows, spec), rows, dlogits
 
 
 @row_loss_with_gradient.register_fake
@@ -133,7 +137,7 @@ def row_loss_with_gradient_(
     loss, rows = implementation(spec).row_loss_with_gradient(
         logits, labels, row_scale, class_weight, ignore_index, spec, logits
     )
-    return weighted_total(loss, row_scale, rows), rows
+    return weighted_total(loss, row_scale, rows, spec), rows
 
 
 @row_loss_with_gradient_.register_fake
