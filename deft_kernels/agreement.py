@@ -126,7 +126,9 @@ def gathered(
 
 def _check(table: list[list[int]], total: int, shard: Shard, width: int) -> None:
     differ = sum(row[CHECKSUM] for row in table) != total
-    if any(row[START] == row[ASKED] == row[CHECKSUM] for row in table):  # of a rank that does not look
+    # A rank that does not look fills its row with one number. No other does: a start that is V has no columns
+    # behind it, and their checksum is 0.
+    if any(row[START] == row[SIZE] == row[CHECKSUM] for row in table):
         if differ:
             raise ValueError(
                 f"group: this rank holds {width} columns, {shard.width} when the ranks last asked each "
