@@ -34,14 +34,14 @@ def validating() -> bool:
     return os.environ.get("DEFT_KERNELS_VALIDATE", "0") == "1"
 
 
-def hash_(value: Any) -> int:
+def fingerprint(value: Any) -> int:
     """The same number in every process, from 1 to 2^31 - 1."""
     data = value if isinstance(value, bytes) else repr(value).encode()
     return (zlib.crc32(data) & 0x7FFFFFFF) or 1
 
 
-def hash_of(tensor: Tensor) -> int:
-    return hash_(tensor.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes())
+def fingerprint_of(tensor: Tensor) -> int:
+    return fingerprint(tensor.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes())
 
 
 def objective_terms(spec: Spec) -> tuple[Any, ...]:
@@ -56,11 +56,11 @@ def setting_terms(spec: Spec) -> tuple[float, ...]:
 
 @lru_cache(maxsize=256)
 def _terms(spec: Spec, ignore_index: int) -> int:
-    return hash_((objective_terms(spec), setting_terms(spec), ignore_index))
+    return fingerprint((objective_terms(spec), setting_terms(spec), ignore_index))
 
 
 def _g(terms: tuple[int, ...], column: int) -> int:
-    return hash_((terms, column))
+    return fingerprint((terms, column))
 
 
 class Header(NamedTuple):
@@ -110,7 +110,7 @@ def gathered(
         return states.expand(shard.ranks, *states.shape)
     on_host = _on_host(states.device)
     looks = on_host or validating() or shard.width not in (-1, width)
-    terms = _terms(spec, ignore_index), hash_of(labels) if on_host else 0
+    terms = _terms(spec, ignore_index), fingerprint_of(labels) if on_host else 0
     header = _header(shard, width, terms)
     message = torch.cat([states, _row(header, looks, states)])
     everything = all_gather(message, group_of(shard.group))
@@ -126,7 +126,9 @@ def gathered(
 
 def _check(table: list[list[int]], total: int, shard: Shard, width: int) -> None:
     differ = sum(row[CHECKSUM] for row in table) != total
-    if any(row[START] == row[ASKED] == row[CHECKSUM] for row in table):  # of a rank that does not look
+    # A rank that does not look fills its row with one number. No other does: a start that is V has no columns
+    # behind it, and their checksum is 0.
+    if any(row[START] == row[SIZE] == row[CHECKSUM] for row in table):
         if differ:
             raise ValueError(
                 f"group: this rank holds {width} columns, {shard.width} when the ranks last asked each "

@@ -196,13 +196,13 @@ def _checked(logits: Any, labels: Any, keywords: dict[str, Any]) -> _Layout:
     arguments.check_logits(logits)
     layout = _Layout(logits)
     arguments.check_labels(labels, logits)
-    keywords["ignore_index"] = arguments.label("ignore_index", keywords["ignore_index"])
+    arguments.label("ignore_index", keywords["ignore_index"])
     if arguments.flag("shift", keywords["shift"]) and layout.time_is_split:
         raise ValueError("shift: the time dimension is sharded; shift the labels beforehand")
     if "reduction" in keywords:
         arguments.check_reduction(keywords["reduction"])
         arguments.check_token_weight(keywords["token_weight"], labels, logits)
-        keywords["num_items"] = arguments.number_of_items(keywords["num_items"], keywords["reduction"])
+        arguments.number_of_items(keywords["num_items"], keywords["reduction"])
         arguments.check_class_weight(keywords["weight"], logits, logits.shape[-1])
         for name in ("inplace", "return_stats"):
             arguments.flag(name, keywords[name])
@@ -262,4 +262,4 @@ def _count_all_rows(layout: _Layout, logits: Any, labels: Tensor, keywords: dict
             f"({ignore_index}); the error of that rank says where"
         )
     if own_mean:
-        keywords["num_items"] = torch.where(sums[0] == 0, 1.0, sums[0])
+        keywords["num_items"] = sums[0]

@@ -21,8 +21,8 @@ from .agreement import (
     WIDTH,
     ColumnsMoved,
     covered,
-    hash_,
-    hash_of,
+    fingerprint,
+    fingerprint_of,
     moved_or_wrong,
     objective_terms,
     setting_terms,
@@ -91,12 +91,12 @@ def compare(
         "the call": CALLS.index(call) + 1,
         "the number of rows": labels.numel() + 1,
         "the dtype": DTYPES.index(dtype) + 1,
-        "labels": hash_of(labels),
-        "ignore_index": hash_(ignore_index),
-        "objective": hash_((objective_terms(spec), spec.objective.mean_prob)),
-        "softcap, temperature, z_loss or label_smoothing": hash_(setting_terms(spec)),
-        "weight (class weights)": 1 if class_weight is None else hash_of(class_weight),
-        "reduction, token_weight or num_items": 0 if row_scale is None else hash_of(row_scale),
+        "labels": fingerprint_of(labels),
+        "ignore_index": fingerprint(ignore_index),
+        "objective": fingerprint((objective_terms(spec), spec.objective.mean_prob)),
+        "softcap, temperature, z_loss or label_smoothing": fingerprint(setting_terms(spec)),
+        "weight (class weights)": 1 if class_weight is None else fingerprint_of(class_weight),
+        "reduction, token_weight or num_items": 0 if row_scale is None else fingerprint_of(row_scale),
         "return_stats": 1 + spec.statistics,
         "the size of hidden": 0 if hidden is None else hidden.shape[-1],
         "chunk_bytes": budget,
@@ -180,7 +180,8 @@ def _validated(
     if not isinstance(bare, ProcessGroup) or bare.size() == 1:
         return call(*args, **keywords)
     known = isinstance(tensor, Tensor) and tensor.dim() > 0
-    device = tensor.device if known else torch.device("cpu")
+    tensors = (x for x in (tensor, *args, *keywords.values()) if isinstance(x, Tensor))
+    device = next((x.device for x in tensors), torch.device("cpu"))
     _Step.compared = False
     try:
         if bare is group and known:

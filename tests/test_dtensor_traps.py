@@ -87,9 +87,10 @@ def overwritten_logits_have_the_gradient() -> None:
 
 def empty_shards_in_place() -> None:
     """Ranks without a row, and without a column of a vocabulary of one: they go along with the others."""
-    for b, v in ((1, V), (1, 1), (B, 1), (0, 1)):
-        logits = torch.randn(b, T, v, device=ranks.device())
-        labels = torch.zeros(b, T, dtype=torch.int64, device=logits.device)
+    # Of the last, [2, 0, 1] times 1.0 has the strides (0, 1, 0).
+    for b, t, v in ((1, T, V), (1, T, 1), (B, T, 1), (0, T, 1), (4, 1, 1)):
+        logits = torch.randn(b, t, v, device=ranks.device())
+        labels = torch.zeros(b, t, dtype=torch.int64, device=logits.device)
         for layout in LAYOUTS:
             for view in (logits, logits.transpose(0, 1).contiguous().transpose(0, 1)):
                 leaf, y = lying(layout, view, labels)
@@ -183,7 +184,8 @@ def num_items_has_the_gradient_of_all_rows() -> None:
 
 def class_weights_are_counted_in_double() -> None:
     logits, labels = batch(torch.float64)
-    weight = torch.linspace(0.1, 1.0, V, dtype=torch.float64, device=logits.device)
+    generator = torch.Generator().manual_seed(4)
+    weight = torch.rand(V, generator=generator, dtype=torch.float64).to(logits.device)
     wanted = deft_loss(logits, labels, weight=weight)
     for layout in LAYOUTS:
         x, y = lying(layout, logits, labels)

@@ -102,11 +102,13 @@ def vocabularies_of_several_sizes() -> None:
         {"weighted": True, "label_smoothing": 0.1},
         {"reduction": "none", "objective": "eaft"},
         {"objective": lambda r: -r.logp * r.collision},
-        {"backend": "triton"},
     ):
         group = fresh()
         for widths in WIDTHS[dist.get_world_size()]:
             check_loss(widths, group, **keywords)
+    group = fresh()
+    for widths in WIDTHS[dist.get_world_size()][:3]:  # what differs is common to both backends
+        check_loss(widths, group, backend="triton")
 
 
 def vocabularies_of_several_sizes_under_validation() -> None:

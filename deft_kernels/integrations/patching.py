@@ -163,9 +163,9 @@ def patch_model(
         objective, statistics: as in `ComputeLoss`.
         temperature, z_loss, label_smoothing, class_weight, chunk_bytes, backend: as in
             `fused_linear_deft_loss`.
-    Raises: ValueError for a head that is more than a matrix (LoRA on it, quantised, ZeRO-3), logits that
-        cannot be repeated, an auxiliary router loss, a forward that was replaced already. In the first
-        training step that does not come to the loss: RuntimeError with what to do.
+    Raises: ValueError for a head that is more than a matrix (LoRA on it, quantised, ZeRO-3, split by tensor
+        parallelism), logits that cannot be repeated, an auxiliary router loss, a forward that was replaced
+        already. In the first training step that does not come to the loss: RuntimeError with what to do.
         A copy.deepcopy of the model is patched too; torch.save(model) or a pickle of it whole raises
         pickle.PicklingError.
     Memory: as `fused_linear_deft_loss`.

@@ -82,7 +82,7 @@ def expm1(x):
 
 @triton.jit
 def cap_terms(z, softcap):
-    """(x, e, 1 / (1 + e)) with e = 2^-|x| = exp(-2 |z| / softcap): the soft cap and its slope are made of it."""
+    """(x, e, 1 / (1 + e)) with e = 2^-|x| = exp(-2 |z| / softcap), for the cap and its slope."""
     x = z * (2.0 * LOG2E / softcap)
     e = tl.exp2(-tl.abs(x))
     return x, e, 1.0 / (1.0 + e)
