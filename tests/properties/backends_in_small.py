@@ -1,0 +1,31 @@
+"""Both backends in small: few rows a block, few columns a tile, so that small cases have many of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from deft_kernels import block
+
+
+@contextmanager
+def small(backend: str, rows: int, vocabulary: int, seed: int) -> Iterator[None]:
+    """rows: of a block on the PyTorch backend. On the kernels: of plans, tiles of 8 to 64 columns, split rows."""
+    with pytest.MonkeyPatch.context() as patch:
+        if backend == "torch":
+            patch.setattr(block, "BLOCK_ELEMENTS", 2 * rows * vocabulary)
+            patch.setattr(block, "STRETCH", 5 + seed % 60)
+        else:
+            from deft_kernels.kernels import launch, table
+
+            def plan(_: int, itemsize: int, __: int) -> table.Launch:
+                # A warp of fewer threads is the interpreter's alone.
+                return table.Launch(1 + seed % 2, 16 // itemsize, 2 ** (1 + seed // 2 % 4))
+
+            for name in ("statistics", "gradient", "fused"):
+                patch.setattr(table, name, plan)
+            patch.setattr(table, "splits", lambda *_: rows)
+            patch.setattr(launch, "SLICE_TURNS", 1 + seed % 3)
+        yield
