@@ -73,13 +73,6 @@ OPTIONS = {
 }
 
 
-def _await_kernels(request: pytest.FixtureRequest, backend: str, name: str) -> None:
-    """To be removed with the kernels' mend: in `finish_row` d_logp is NaN where logp is."""
-    if backend == "triton" and name in ("nll", "eaft", "nll in a band"):
-        reason = "the kernels' gradient of such a row is finite where the gate does not depend on logp"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
-
-
 def cases():
     for name in OBJECTIVES:
         for option in OPTIONS:
@@ -91,9 +84,8 @@ def cases():
 
 
 @pytest.mark.parametrize(("name", "option", "wrong"), list(cases()))
-def test_loss_and_gradient_are_nan_together(name, option, wrong, backend, device, monkeypatch, request):
+def test_loss_and_gradient_are_nan_together(name, option, wrong, backend, device, monkeypatch):
     """In that row alone, and in all of it: where the gate is 1 or made of the entropy, too."""
-    _await_kernels(request, backend, name)
     objective, options = OBJECTIVES[name], dict(OPTIONS[option])
     in_forward = option == "in forward"
     if callable(objective) and "label_smoothing" in options:
@@ -121,8 +113,7 @@ def test_loss_and_gradient_are_nan_together(name, option, wrong, backend, device
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("name", ["nll", "deft", "eaft", "function"])
-def test_of_the_linear_call(name, reduction, backend, device, monkeypatch, request):
-    _await_kernels(request, backend, name)
+def test_of_the_linear_call(name, reduction, backend, device, monkeypatch):
     monkeypatch.setattr(linear_operators, "check_labels", lambda *_: None)
     hidden, labels = rows(device)
     hidden.requires_grad_()

@@ -1,7 +1,7 @@
 """Rows that do not count: zero loss and zero gradient, whatever stands in them and whatever arrives at them.
 
-N = 5 rows, of which two are ignored; V = 19. Poison is NaN or infinity, which PyTorch's cross-entropy does not
-see in such rows.
+N = 5 rows, of which two are ignored; V = 19. Poison is NaN or infinity. In such rows F.cross_entropy does not
+see it either.
 """
 
 from __future__ import annotations
