@@ -78,6 +78,18 @@ def check_ignore_index(ignore_index: Any) -> None:
         raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
 
 
+def check_ignorable(labels: Tensor, ignore_index: int) -> None:
+    """uint8 makes 156 of -100: rows meant to be ignored would train that class."""
+    if labels.dtype == torch.int64:
+        return
+    least, most = torch.iinfo(labels.dtype).min, torch.iinfo(labels.dtype).max
+    if not least <= ignore_index <= most:
+        raise ValueError(
+            f"labels: {labels.dtype} holds {least} to {most} and so no ignore_index of {ignore_index}; give "
+            f"labels of int64 or an ignore_index in that range"
+        )
+
+
 def flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")

@@ -11,13 +11,14 @@ from torch import Tensor
 from . import arguments
 from .parallel import Shard, resolved
 from .reductions import class_weights
-from .statistics import Field, RowStatistics
+from .statistics import Field, RowStatistics, with_stand_ins
 
 RowLoss = Callable[[RowStatistics], Tensor]
 
 
 def aligned(labels: Tensor, shift: bool, ignore_index: int) -> Tensor:
     """Flat int64 labels; with `shift`, position t gets the label of t + 1 and the last one ignore_index."""
+    arguments.check_ignorable(labels, ignore_index)
     labels = labels.long()
     if shift:
         if labels.dim() == 0:
@@ -59,12 +60,20 @@ def statistics_record(rows: Tensor, shape: torch.Size) -> RowStatistics:
 
 
 def own_rows(
-    objective: RowLoss, stats: RowStatistics, weight: Tensor | None, labels: Tensor, z_loss: float
+    objective: RowLoss,
+    stats: RowStatistics,
+    weight: Tensor | None,
+    labels: Tensor,
+    valid: Tensor,
+    z_loss: float,
 ) -> Tensor:
+    """Losses [N] of a function of the statistics, 0 where a row is not valid; labels and valid are flat."""
+    stats = with_stand_ins(stats, valid.reshape(stats.logp.shape))
     rows = objective(stats)
     if not isinstance(rows, Tensor) or rows.shape != stats.logp.shape:
         got = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
         raise ValueError(f"objective: must return one loss a row, shape {tuple(stats.logp.shape)}, got {got}")
     if weight is not None:
         rows = rows * class_weights(weight, labels, rows.dtype).reshape(rows.shape)
-    return rows + z_loss * stats.lse**2 if z_loss > 0 else rows
+    rows = rows + z_loss * stats.lse**2 if z_loss > 0 else rows
+    return torch.where(valid, rows.reshape(-1), 0.0)

@@ -79,14 +79,18 @@ def deft_loss(  # type: ignore[misc]  # the overloads tell the return type apart
     Args:
         logits: [..., V], fp32, bf16, fp16 or fp64; any strides. -inf (masked vocabulary) is legal. A DTensor
             gives DTensors back, its rows counting as one batch (docs/parallel.md).
-        labels: [...], integer. Rows whose label is `ignore_index` count for nothing.
+        labels: [...], integer, of a dtype that holds `ignore_index`. Rows whose label it is count for
+            nothing, whatever their logits and their upstream hold.
         objective: a name, an `objectives.Objective`, or a function of differentiable `RowStatistics` that
-            returns each row's loss (see `row_statistics`).
+            returns each row's loss (see `row_statistics`). In place of an ignored row the function sees one
+            with probabilities 1/2, 1/4, 1/4, so that no parameter of its own gets a NaN from there.
         reduction: "mean" divides the sum by the number of rows that are neither ignored nor dropped by a
-            band on p (with `weight`: by the sum of their w_y); "sum"; "none": [...], zero at ignored rows.
+            band on p (with `weight`: by the sum of their w_y, and where that is 0 the mean is NaN, as in
+            F.cross_entropy); "sum"; "none": [...], zero at ignored rows.
         token_weight: [...], scales each row's loss and leaves the denominator; differentiable.
         weight: [V], per class, as in `nn.CrossEntropyLoss`; z-loss is not weighted.
-        num_items: replaces the mean's denominator (gradient accumulation); a number or one-element tensor.
+        num_items: replaces the mean's denominator (gradient accumulation); a number or one-element tensor,
+            which may be 0 where no row counts.
         shift: align causal labels: position t is scored against labels[..., t + 1]. Pads the labels, never
             slices the logits; the last position counts for nothing.
         softcap, temperature: act on the logits before everything else; the gradient is by the logits given.
@@ -96,6 +100,9 @@ def deft_loss(  # type: ignore[misc]  # the overloads tell the return type apart
         grad_in_forward: make the gradient in the forward, in the same visit to the logits. None: where it
             pays (CPU, mean or sum, not under torch.compile). True needs "mean" or "sum", and an objective
             whose rows do not wait for the batch; with `inplace` the forward itself overwrites the logits.
+            For an upstream that is not 1 that gradient is scaled, which in half precision rounds it a second
+            time: up to 1.5 ulp in all instead of 0.5. In fp16 a loss scale comes too late for entries that
+            were rounded to 0, those below 3e-8: a RuntimeWarning says so, once.
         return_stats: also return the rows' `RowStatistics`, from the same pass, detached.
         group: torch.distributed ranks that split the vocabulary: the logits are this rank's columns,
             [..., V_r], in the order of the ranks, uneven or none at all; labels, `weight` and everything else
@@ -107,8 +114,8 @@ def deft_loss(  # type: ignore[misc]  # the overloads tell the return type apart
     Returns: the loss in nats, fp32 (fp64 for fp64 logits): a scalar, or [...] with reduction="none"; with
         return_stats the pair (loss, RowStatistics). With no row to count, a mean is 0, not NaN.
     Raises: TypeError, ValueError for arguments that cannot be honoured, named in the message; IndexError for
-        a label outside [0, V) on the CPU. On a GPU such a row's loss is NaN and nothing out of bounds is
-        read; DEFT_KERNELS_VALIDATE=1 raises there too, at the price of a device synchronisation.
+        a label outside [0, V) on the CPU. On a GPU such a row's loss and gradient are NaN, and nothing
+        out of bounds is read; DEFT_KERNELS_VALIDATE=1 raises there too, for a device synchronisation.
     Memory: forward 1 read of the logits; backward 1 read and 1 write. Saved: the logits and 18 numbers a
         row. Gradient in the forward: 1 read and 1 write in all, the gradient alive from the forward on.
         With a group: one all-gather of 5 numbers a row in the forward, 6 with label smoothing, one more for
@@ -157,9 +164,10 @@ def deft_loss(  # type: ignore[misc]  # the overloads tell the return type apart
             group=group,
             backend=backend,
         )
-        rows = own_rows(objective, stats, weight, flat, settings["z_loss"])
         valid = flat != ignore_index
-        loss = weighting.reduce(torch.where(valid, rows.reshape(-1), 0.0), valid, flat)
+        loss = weighting.reduce(
+            own_rows(objective, stats, weight, flat, valid, settings["z_loss"]), valid, flat
+        )
         loss = loss.reshape(shape) if reduction == "none" else loss
         detached = RowStatistics(*(s.detach() for s in stats if s is not None))
         return (loss, detached) if return_stats else loss
@@ -180,8 +188,9 @@ def deft_loss(  # type: ignore[misc]  # the overloads tell the return type apart
         arguments.check_inplace(logits)
     spec = Spec(described, **settings, statistics=return_stats, inplace=inplace, backend=chosen, shard=shard)
     logits = _addressable(logits)
-    differentiate = torch.is_grad_enabled() and logits.requires_grad
-    if differentiate and in_forward(grad_in_forward, spec, weighting, logits):
+    # Asked first, as what cannot be honoured raises in evaluation too.
+    forward = in_forward(grad_in_forward, spec, weighting, logits)
+    if forward and torch.is_grad_enabled() and logits.requires_grad:
         loss, rows = _loss_with_gradient(logits, flat, weighting, ignore_index, spec)
     else:
         code, numbers = spec.encode()

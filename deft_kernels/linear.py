@@ -139,7 +139,8 @@ def fused_linear_deft_loss(  # type: ignore[misc]  # the overloads tell the retu
         label_smoothing, return_stats, backend: as in `deft_loss`. backend="reference" is not chunked.
 
     Returns: as `deft_loss`. The logits are those that F.linear would give, in its dtype; the gradients have
-        the dtype of hidden, weight and bias, that of weight and bias summed in fp32 and cast once.
+        the dtype of hidden, weight and bias, that of weight and bias summed in fp32 and cast once. Gradients
+        made in the forward (see Memory) are scaled by an upstream that is not 1, and rounded once more.
     Raises: as `deft_loss`; TypeError for hidden, weight and bias of different dtypes without autocast.
     Memory: chunk_bytes, 18 numbers a row, and the gradients that are wanted; with half-precision products and
         more than one chunk also dW in fp32 until it is cast; under autocast the weight's copy in its dtype.
@@ -245,8 +246,9 @@ class _Call:
         if not any(self.wanted) or self.product == torch.float16:
             return False
         # The extra pass for cayley's mean belongs to the operator here, so its rows wait for nothing.
-        known = replace(spec, objective=replace(spec.objective, mean_prob=spec.objective.mean_prob or 0.0))
-        return in_forward_obstacle(known, weighting) is None
+        if spec.objective.needs_batch:
+            spec = replace(spec, objective=replace(spec.objective, mean_prob=0.0, batch_group=""))
+        return in_forward_obstacle(spec, weighting) is None
 
     def of_function(
         self, objective: RowLoss, spec: Spec, weighting: Weighting, shape: torch.Size
@@ -258,7 +260,7 @@ class _Call:
         logp, lse, collision, entropy, max_prob = (vector.reshape(shape) for vector in vectors)
         correct = rows[Field.CORRECT].reshape(shape) != 0
         stats = RowStatistics(logp, lse, collision, entropy, max_prob, correct)
-        losses = own_rows(objective, stats, weighting.class_weight, self.labels, spec.z_loss)
         valid = self.labels != self.ignore_index
-        loss = weighting.reduce(torch.where(valid, losses.reshape(-1), 0.0), valid, self.labels)
+        losses = own_rows(objective, stats, weighting.class_weight, self.labels, valid, spec.z_loss)
+        loss = weighting.reduce(losses, valid, self.labels)
         return loss, RowStatistics(*(s.detach() for s in stats if s is not None))

@@ -34,13 +34,20 @@ Focus = Literal[
     "fixed", "collision", "shannon", "max_prob", "cayley", "prob", "entropy", "statistics", "statistics+max"
 ]
 Family = Literal["deformed", "rational", "weighted", "none"]
+# Which focus a family can have; what is not here no formula computes.
+FOCI: dict[Family, tuple[Focus, ...]] = {
+    "deformed": ("fixed", "collision", "shannon", "max_prob", "cayley"),
+    "rational": ("fixed", "collision"),
+    "weighted": ("prob", "entropy"),
+    "none": ("statistics", "statistics+max"),
+}
 
 
 @dataclass(frozen=True)
 class Objective:
     """Description of an objective; build one with the functions of this module.
 
-    name: for display; the rest decides.
+    name: for display; the rest decides. What a formula would not read has to be left as it is.
     family: how a row's loss follows from (logp, focus): "deformed" is the Tsallis logarithm, "rational" the
         log(x)/(1+(q-1)log(x)) form, "weighted" a weight on -logp.
     focus: where the focus index (or the weight) comes from.
@@ -48,6 +55,7 @@ class Objective:
     low, high: rows with p outside [low, high] are dropped: zero loss, zero gradient, not counted by a mean.
     mean_prob: `cayley` only: the batch's mean p, when it is known; None computes it from the batch.
     batch_group: name of the process group whose ranks make up that batch; empty for this process alone.
+    Raises: ValueError, TypeError for what describes no objective, naming the field.
     """
 
     name: str
@@ -62,6 +70,43 @@ class Objective:
     high: float = 1.0
     mean_prob: float | None = None
     batch_group: str = ""
+
+    def __post_init__(self) -> None:
+        if self.family not in FOCI:
+            raise ValueError(f"family: unknown {self.family!r}; known: {', '.join(FOCI)}")
+        if self.focus not in FOCI[self.family]:
+            known = ", ".join(FOCI[self.family])
+            raise ValueError(f"focus: {self.family!r} has none called {self.focus!r}; known: {known}")
+        flag("detach", self.detach)
+        number("alpha", self.alpha, 0.0)
+        number("eps", self.eps, 0.0)
+        number("power", self.power, 0.0, above=True)
+        number("top_k", self.top_k, 1.0, above=True)
+        number("low", self.low, 0.0, 1.0)
+        number("high", self.high, self.low, 1.0)
+        moving = self.family == "deformed" and self.focus != "fixed"
+        entropy = self.focus == "entropy"
+        cayley = self.focus == "cayley"
+        # dft shows its weight's exponent, which is 1.
+        alpha = 1.0 if self.focus == "prob" else 0.0
+        unread = {
+            "alpha": self.focus != "fixed" and self.alpha != alpha,
+            "eps": not moving and self.eps != 0.0,
+            "power": not entropy and self.power != 1.0,
+            "top_k": not entropy and self.top_k != 20.0,
+            "mean_prob": not cayley and self.mean_prob is not None,
+            "batch_group": not cayley and self.batch_group != "",
+        }
+        for name, given in unread.items():
+            if given:
+                raise ValueError(
+                    f"{name}: not read by family {self.family!r} with focus {self.focus!r}, "
+                    f"got {getattr(self, name)!r}"
+                )
+        if self.mean_prob is not None:
+            number("mean_prob", self.mean_prob, 0.0, 1.0)
+            if self.batch_group:
+                raise ValueError("batch_group: mean_prob is given, there is nothing to take the mean of")
 
     @property
     def needs_entropy(self) -> bool:
@@ -240,6 +285,8 @@ def resolve(objective: str | Objective) -> Objective:
     Raises: ValueError for an unknown name, TypeError for another type.
     """
     if isinstance(objective, Objective):
+        if objective.family == "none":
+            raise ValueError('objective: family "none" has no loss; it belongs to `row_statistics`')
         return objective
     if not isinstance(objective, str):
         raise TypeError(

@@ -6,7 +6,9 @@ and opcheck can hold the schema, the shape functions and the autograd rule to th
 """
 
 import os
+import warnings
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, List, Optional, Tuple
 
 import torch
@@ -95,6 +97,18 @@ def _(logits, labels, row_scale, class_weight, ignore_index, code, numbers):
     return logits.new_empty((), dtype=dtype), rows, logits.new_empty(logits.shape)
 
 
+@lru_cache(maxsize=1)
+def _warn_of_underflow() -> None:
+    """Once: said here rather than in the backward, which on a GPU does not know its upstream."""
+    warnings.warn(
+        "deft_kernels: inplace=True with grad_in_forward=True rounds the gradient to float16 before the loss "
+        "scale is known: entries below 3e-8 are 0 already, and no loss scale brings them back. Leave "
+        "grad_in_forward out, or use bfloat16",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
 @torch.library.custom_op("deft_kernels::row_loss_with_gradient_", mutates_args=("logits",))
 def row_loss_with_gradient_(
     logits: Tensor,
@@ -108,6 +122,8 @@ def row_loss_with_gradient_(
     """`row_loss_with_gradient` that leaves the gradient in the logits' storage."""
     spec = decode(code, numbers)
     check_labels(labels, spec.vocabulary(logits.shape[-1]), ignore_index)
+    if logits.dtype == torch.float16:
+        _warn_of_underflow()
     loss, rows = implementation(spec).row_loss_with_gradient(
         logits, labels, row_scale, class_weight, ignore_index, spec, logits
     )

@@ -127,7 +127,7 @@ def _reduce(
         k=call.k, softcap=spec.softcap, temperature=spec.temperature,
         floor=0.5 * (spec.objective.mean_prob or 0.0), **call.scalars, **call.constants,
         WEIGHTED=call.weighted, SOFTCAP=call.softcap, TIES=spec.peaks, STORED=stored,
-        PEEL=peel(plan.width, (call.logits,), (call.strides,)),
+        PEEL=peel(plan.width, (call.logits,), (call.strides,)), TAIL=plan.tail,
         LANES=plan.lanes, WIDTH=plan.width, MODE=call.mode, num_warps=plan.num_warps, **call.options,
     )  # fmt: skip
     return states
@@ -190,6 +190,7 @@ def row_loss_with_gradient(
         spread=spec.label_smoothing / call.vocabulary / spec.temperature, **call.constants,
         WEIGHTED=call.weighted, SOFTCAP=call.softcap, TIES=spec.peaks,
         PEEL=peel(plan.width, (logits, out), (call.strides, out_strides)),
+        TAIL=plan.tail, NEAR=plan.near, BACKWARDS=plan.backwards,
         LANES=plan.lanes, WIDTH=plan.width, MODE=call.mode,
         num_warps=plan.num_warps, **call.options,
     )  # fmt: skip
@@ -223,7 +224,7 @@ def gradient(
         UPSTREAM=upstream is not None, SQUARES=spec.squares, LOGS=spec.logs, PEAKS=spec.peaks,
         SMOOTHED=spec.label_smoothing > 0, WEIGHTED=call.weighted, SOFTCAP=call.softcap,
         PEEL=peel(plan.width, (logits, out), (call.strides, out_strides)),
-        LANES=plan.lanes, WIDTH=plan.width, MODE=call.mode,
+        NEAR=plan.near, BACKWARDS=plan.backwards, LANES=plan.lanes, WIDTH=plan.width, MODE=call.mode,
         num_warps=plan.num_warps, **call.options,
     )  # fmt: skip
 

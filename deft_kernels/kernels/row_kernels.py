@@ -57,7 +57,7 @@ def statistics_kernel(
     FOCUS: tl.constexpr, FAMILY: tl.constexpr, THROUGH: tl.constexpr, IS_WEIGHT: tl.constexpr,
     BANDED: tl.constexpr, Z_LOSS: tl.constexpr, SMOOTHED: tl.constexpr, WEIGHTED: tl.constexpr,
     SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, TIES: tl.constexpr, STORED: tl.constexpr,
-    PEEL: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, MODE: tl.constexpr,
+    PEEL: tl.constexpr, TAIL: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     label = tl.load(labels + row)
@@ -79,7 +79,7 @@ def statistics_kernel(
             weights = class_weight - lead
         peak, offset, s, u, t, zsum = reduce_row(
             base, start, stop, peel, weights, k, softcap,
-            LANES, WIDTH, SOFTCAP, SMOOTHED, WEIGHTED, ENTROPY, MODE,
+            LANES, WIDTH, SOFTCAP, SMOOTHED, WEIGHTED, ENTROPY, PEEL, TAIL, False, MODE,
         )  # fmt: skip
         ties = 0.0
         if TIES:
@@ -170,9 +170,15 @@ def gradient_kernel(
     softcap, spread,
     UPSTREAM: tl.constexpr, SQUARES: tl.constexpr, LOGS: tl.constexpr, PEAKS: tl.constexpr,
     SMOOTHED: tl.constexpr, WEIGHTED: tl.constexpr, SOFTCAP: tl.constexpr, PEEL: tl.constexpr,
+    NEAR: tl.constexpr, BACKWARDS: tl.constexpr,
     LANES: tl.constexpr, WIDTH: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
+    slice_ = tl.program_id(1)
+    if BACKWARDS:
+        # The rows and columns that the statistics' launch read last may still be in the L2 cache.
+        row = tl.num_programs(0) - 1 - row
+        slice_ = tl.num_programs(1) - 1 - slice_
     factor = tl.load(dloss + row.to(tl.int64) * dloss_stride).to(tl.float32)
     wanted = True
     if UPSTREAM:
@@ -185,7 +191,7 @@ def gradient_kernel(
         to = row_offset(row, inner, out_outer, out_inner) - lead
         if PEEL:
             to = tl.multiple_of(to, WIDTH)
-        start = lead + tl.program_id(1) * span
+        start = lead + slice_ * span
         stop = tl.minimum(start + span, lead + vocabulary)
         peel = 0
         if PEEL:
@@ -201,8 +207,12 @@ def gradient_kernel(
             target = tl.load(rows + 17 * n_rows + row) * factor
             z_target = 0.0
             if SOFTCAP:
-                z_target = target_of(logits + at + lead, label, vocabulary, softcap, SOFTCAP)
-                # Another thread may overwrite the target's logit in place.
+                # Only the program that will write the target's element needs its logit. Another program's
+                # is overwritten in place by now, or is not; another thread of this one waits.
+                own = (label + lead >= start) & (label + lead < stop)
+                z_target = target_of(
+                    logits + at + lead, tl.where(own, label, -1), vocabulary, softcap, SOFTCAP
+                )
                 tl.debug_barrier()
             weights = class_weight
             if WEIGHTED:
@@ -210,7 +220,7 @@ def gradient_kernel(
             write_gradient(
                 logits + at, dlogits + to, start, stop, peel, label + lead, z_target, weights, k, softcap,
                 offset, peak, a, b, c, peak_grad, target, spread * factor,
-                LANES, WIDTH, SOFTCAP, SMOOTHED, WEIGHTED, SQUARES, LOGS, PEAKS, MODE,
+                LANES, WIDTH, SOFTCAP, SMOOTHED, WEIGHTED, SQUARES, LOGS, PEAKS, NEAR, BACKWARDS, MODE,
             )  # fmt: skip
         else:
             write_zeros(dlogits + to, start, stop, peel, LANES, WIDTH)
@@ -251,7 +261,8 @@ def fused_kernel(
     FOCUS: tl.constexpr, FAMILY: tl.constexpr, THROUGH: tl.constexpr, IS_WEIGHT: tl.constexpr,
     BANDED: tl.constexpr, Z_LOSS: tl.constexpr, SMOOTHED: tl.constexpr, WEIGHTED: tl.constexpr,
     SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, TIES: tl.constexpr,
-    PEEL: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, MODE: tl.constexpr,
+    PEEL: tl.constexpr, TAIL: tl.constexpr, NEAR: tl.constexpr, BACKWARDS: tl.constexpr,
+    LANES: tl.constexpr, WIDTH: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     label = tl.load(labels + row)
@@ -270,7 +281,7 @@ def fused_kernel(
             weights = class_weight - lead
         peak, offset, s, u, t, zsum = reduce_row(
             base, start, stop, lead, weights, k, softcap,
-            LANES, WIDTH, SOFTCAP, SMOOTHED, WEIGHTED, ENTROPY, MODE,
+            LANES, WIDTH, SOFTCAP, SMOOTHED, WEIGHTED, ENTROPY, PEEL, TAIL, NEAR, MODE,
         )  # fmt: skip
         ties = 0.0
         if TIES:
@@ -290,7 +301,8 @@ def fused_kernel(
                 peak, a * factor, b * factor, c * factor, peak_grad * factor, target * factor,
                 spread * factor,
                 LANES, WIDTH, SOFTCAP, SMOOTHED, WEIGHTED,
-                THROUGH == BY_COLLISION, THROUGH == BY_ENTROPY, THROUGH == BY_MAX_PROB, MODE,
+                THROUGH == BY_COLLISION, THROUGH == BY_ENTROPY, THROUGH == BY_MAX_PROB,
+                NEAR, BACKWARDS, MODE,
             )  # fmt: skip
     else:
         store_ignored(rows, loss, row, n_rows)

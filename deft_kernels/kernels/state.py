@@ -83,17 +83,52 @@ def absorb(
 
 
 @triton.jit
+def absorb_four(
+    z0, z1, z2, z3, peak, offset, s, u, t, k, ENTROPY: tl.constexpr, MODE: tl.constexpr
+):  # fmt: skip
+    """Four tiles of logits, all loaded before the first is used, into the lanes' sums."""
+    z0, z1 = comparable(z0, MODE), comparable(z1, MODE)
+    z2, z3 = comparable(z2, MODE), comparable(z3, MODE)
+    highest = tl.maximum(tl.maximum(z0, z1), tl.maximum(z2, z3))
+    peak = tl.maximum(peak, tl.max(highest, 1).to(tl.float32))
+    moved = offset_of(peak, k)
+    s, u, t = rescale(offset, s, u, t, moved, ENTROPY, MODE)
+    e0, x0 = tile_sums(z0, moved[:, None], k, ENTROPY, MODE)
+    e1, x1 = tile_sums(z1, moved[:, None], k, ENTROPY, MODE)
+    e2, x2 = tile_sums(z2, moved[:, None], k, ENTROPY, MODE)
+    e3, x3 = tile_sums(z3, moved[:, None], k, ENTROPY, MODE)
+    s += tl.sum((e0 + e1) + (e2 + e3), 1)
+    squares = fma(e3, e3, fma(e2, e2, fma(e1, e1, e0 * e0, MODE), MODE), MODE)
+    u += tl.sum(squares, 1)
+    if ENTROPY:
+        t += tl.sum(fma(e3, x3, fma(e2, x2, fma(e1, x1, e0 * x0, MODE), MODE), MODE), 1)
+    return peak, moved, s, u, t
+
+
+@triton.jit
+def load_tail(row_ptr, columns, stop, EVICT: tl.constexpr):
+    """A tile in the logits' own dtype; columns from `stop` on are -inf."""
+    return tl.load(row_ptr + columns, mask=columns < stop, other=float("-inf"), eviction_policy=EVICT)
+
+
+@triton.jit
 def reduce_row(
     row_ptr, start, stop, lead, class_weight, k, softcap,
     LANES: tl.constexpr, WIDTH: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHED: tl.constexpr,
-    WEIGHTED: tl.constexpr, ENTROPY: tl.constexpr, MODE: tl.constexpr,
+    WEIGHTED: tl.constexpr, ENTROPY: tl.constexpr, PEEL: tl.constexpr, TAIL: tl.constexpr,
+    NEAR: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     """State (peak, offset, s, u, t, zsum) of the columns [start, stop) of a row, as scalars.
 
     The first tile begins `lead` columns early, at a 16-byte boundary, and is masked; so is the tail. Between
     them four tiles a turn are in flight, and the lanes' offsets move once a turn.
+
+    TAIL: the columns after the last full turn are loaded at once, as one more turn under a mask, and rows
+    that need no peeling begin with a full turn: fewer loads wait for each other.
+    NEAR: the row will be read again soon, and asks the L2 cache to keep it.
     """
     TILE: tl.constexpr = LANES * WIDTH
+    EVICT: tl.constexpr = "evict_last" if NEAR else ""
     tile = (tl.arange(0, LANES) * WIDTH)[:, None] + tl.arange(0, WIDTH)[None, :]
     peak = tl.full((LANES,), float("-inf"), tl.float32)
     offset = tl.full((LANES,), LOWEST, tl.float32)
@@ -103,42 +138,36 @@ def reduce_row(
     zsum = tl.zeros((LANES,), tl.float32)
 
     first = tl.multiple_of(start - lead, WIDTH)
-    peak, offset, s, u, t, zsum = absorb(
-        row_ptr, first + tile, start, stop, peak, offset, s, u, t, zsum, class_weight, k, softcap,
-        SOFTCAP, SMOOTHED, WEIGHTED, ENTROPY, MODE,
-    )  # fmt: skip
-    first += TILE
-
-    if not (SOFTCAP or SMOOTHED):
-        while first + 4 * TILE <= stop:
-            z0 = tl.load(row_ptr + first + tile)
-            z1 = tl.load(row_ptr + first + TILE + tile)
-            z2 = tl.load(row_ptr + first + 2 * TILE + tile)
-            z3 = tl.load(row_ptr + first + 3 * TILE + tile)
-            z0, z1 = comparable(z0, MODE), comparable(z1, MODE)
-            z2, z3 = comparable(z2, MODE), comparable(z3, MODE)
-            highest = tl.maximum(tl.maximum(z0, z1), tl.maximum(z2, z3))
-            peak = tl.maximum(peak, tl.max(highest, 1).to(tl.float32))
-            moved = offset_of(peak, k)
-            s, u, t = rescale(offset, s, u, t, moved, ENTROPY, MODE)
-            offset = moved
-            e0, x0 = tile_sums(z0, offset[:, None], k, ENTROPY, MODE)
-            e1, x1 = tile_sums(z1, offset[:, None], k, ENTROPY, MODE)
-            e2, x2 = tile_sums(z2, offset[:, None], k, ENTROPY, MODE)
-            e3, x3 = tile_sums(z3, offset[:, None], k, ENTROPY, MODE)
-            s += tl.sum((e0 + e1) + (e2 + e3), 1)
-            squares = fma(e3, e3, fma(e2, e2, fma(e1, e1, e0 * e0, MODE), MODE), MODE)
-            u += tl.sum(squares, 1)
-            if ENTROPY:
-                t += tl.sum(fma(e3, x3, fma(e2, x2, fma(e1, x1, e0 * x0, MODE), MODE), MODE), 1)
-            first += 4 * TILE
-
-    while first < stop:
+    if PEEL or not TAIL or SOFTCAP or SMOOTHED:
         peak, offset, s, u, t, zsum = absorb(
             row_ptr, first + tile, start, stop, peak, offset, s, u, t, zsum, class_weight, k, softcap,
             SOFTCAP, SMOOTHED, WEIGHTED, ENTROPY, MODE,
         )  # fmt: skip
         first += TILE
+
+    if not (SOFTCAP or SMOOTHED):
+        while first + 4 * TILE <= stop:
+            z0 = tl.load(row_ptr + first + tile, eviction_policy=EVICT)
+            z1 = tl.load(row_ptr + first + TILE + tile, eviction_policy=EVICT)
+            z2 = tl.load(row_ptr + first + 2 * TILE + tile, eviction_policy=EVICT)
+            z3 = tl.load(row_ptr + first + 3 * TILE + tile, eviction_policy=EVICT)
+            peak, offset, s, u, t = absorb_four(z0, z1, z2, z3, peak, offset, s, u, t, k, ENTROPY, MODE)
+            first += 4 * TILE
+
+    if TAIL and not (SOFTCAP or SMOOTHED):
+        if first < stop:
+            z0 = load_tail(row_ptr, first + tile, stop, EVICT)
+            z1 = load_tail(row_ptr, first + TILE + tile, stop, EVICT)
+            z2 = load_tail(row_ptr, first + 2 * TILE + tile, stop, EVICT)
+            z3 = load_tail(row_ptr, first + 3 * TILE + tile, stop, EVICT)
+            peak, offset, s, u, t = absorb_four(z0, z1, z2, z3, peak, offset, s, u, t, k, ENTROPY, MODE)
+    else:
+        while first < stop:
+            peak, offset, s, u, t, zsum = absorb(
+                row_ptr, first + tile, start, stop, peak, offset, s, u, t, zsum, class_weight, k, softcap,
+                SOFTCAP, SMOOTHED, WEIGHTED, ENTROPY, MODE,
+            )  # fmt: skip
+            first += TILE
 
     # Lanes into one, and the lane that holds the row's largest logit summed again without it.
     lane = tl.arange(0, LANES)

@@ -11,11 +11,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Launch:
-    """num_warps: warps a program.  turn: columns that a program reads in one turn of its loop."""
+    """num_warps: warps a program.  width: columns of a thread's load.  warp: threads of a warp.
+    tail: a row's last columns as one masked turn, see `state.reduce_row`.
+    near, backwards: hints to the L2 cache and the direction of the second read, see `sweep.write_gradient`;
+    of the gradient kernel also the order of its programs.
+    """
 
     num_warps: int
     width: int
     warp: int = 32
+    tail: bool = False
+    near: bool = False
+    backwards: bool = False
 
     @property
     def lanes(self) -> int:
