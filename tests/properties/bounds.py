@@ -126,7 +126,9 @@ def truth(case: Case, made: Tensors) -> Truth:
     if case.reduction != "none":
         # A sum of rows of both signs is rounded at the size of its terms.
         loss_slack = ((rows_slack + epsilon * exact.rows.abs()).sum() / divisor).reshape(1)
-    # A target of probability 0, where the oracle's autograd multiplies 0 by inf.
+    # The focus index of a row without statistics is 1 or NaN, as its formula has it.
+    statistics_slack["alpha"] = statistics_slack["alpha"].masked_fill(stats.logp.isnan(), torch.inf)
+    # An exact gate on a target of probability 0: the oracle's autograd multiplies 0 by inf.
     hopeless = stats.logp.isneginf() & exact.gradient.isnan().any(1)
     gradient_slack = gradient_slack.masked_fill(hopeless.unsqueeze(1), torch.inf)
     exact.gradient[hopeless] = 0.0
@@ -165,7 +167,7 @@ def error(rough: Tensor, exact: Tensor) -> Tensor:
 def excess(actual: Tensor, exact: Tensor, slack: Tensor) -> float:
     """Largest |actual - exact| over what is allowed; infinities and NaN have to be the same."""
     actual, exact = actual.double(), exact.double()
-    same = (actual == exact) | (actual.isnan() & exact.isnan())
+    same = (actual == exact) | (actual.isnan() & exact.isnan()) | slack.isposinf()
     ratio = torch.where(same, 0.0, (actual - exact).abs() / slack)
     return ratio.nan_to_num(torch.inf).max().item() if ratio.numel() else 0.0
 

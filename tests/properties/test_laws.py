@@ -88,20 +88,17 @@ def permuted_rows(case: Case, call: Call) -> Agreement:
     case = steady(case)
     made = tensors(case)
     order = torch.randperm(case.rows, generator=torch.Generator().manual_seed(case.seed))
-    loss, gradient = call(case, rows_of(made, order))
+    moved = rows_of(made, order)
     whole = call(case, made)
-    return Agreement(
-        Results(loss, gradient),
-        Results(whole.loss[order] if case.reduction == "none" else whole.loss, whole.gradient[order]),
-        case,
-        made,
-    )
+    loss = whole.loss[order] if case.reduction == "none" else whole.loss
+    return Agreement(call(case, moved), Results(loss, whole.gradient[order]), case, moved)
 
 
 def rows_of(made: Tensors, index: Tensor | slice) -> Tensors:
     return made._replace(
         logits=made.logits[index],
         labels=made.labels[index],
+        targets=made.targets[index],
         token_weight=None if made.token_weight is None else made.token_weight[index],
         upstream=made.upstream[index] if made.upstream.dim() else made.upstream,
     )
@@ -124,7 +121,7 @@ def split_batch(case: Case, call: Call) -> Agreement:
 
 def summed_rows(case: Case, call: Call) -> Agreement:
     """A sum is the sum of the rows, each with the sum's upstream."""
-    case = replace(case, reduction="none", inplace=False, grad_in_forward=None)
+    case = replace(case, reduction="none", num_items=None, inplace=False, grad_in_forward=None)
     made = tensors(case)
     one = torch.tensor(case.upstream, dtype=made.upstream.dtype)
     loss, gradient = call(case, made._replace(upstream=one.expand(case.shape)))
