@@ -77,7 +77,7 @@ def test_readme_table(name: str, loss: str, gate: str) -> None:
     y = torch.randint(0, 11, (6,))
     given = row_statistics(z, y)
     p, w = given.logp.exp(), given.entropy / math.log(20)
-    for number, words in enumerate(name.split(", ") if "order" in name else [name.split(" or ")[0]]):
+    for number, words in enumerate(name.split(", ") if "order" in name else re.split(" or |, ", name)[:1]):
         scope = {"objectives": objectives, "math": math, "alpha": 0.3, "deft": objectives.deft}
         objective: Objective | str = eval(words, scope)
         got, stats = deft_loss(z, y, objective=objective, reduction="none", return_stats=True)

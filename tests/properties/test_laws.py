@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
+import pytest
 import torch
 from backends_in_small import small
 from bounds import excess, truth, ulp
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from deft_kernels import deft_loss, objectives
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*inplace=True with:RuntimeWarning")
 FEWER = settings(max_examples=max(1, settings().max_examples // 12))
 
 

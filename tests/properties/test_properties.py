@@ -10,6 +10,7 @@ A case that ever failed stays here as an example.
 from __future__ import annotations
 
 import pytest
+import pytest
 import torch
 from backends_in_small import small
 from bounds import STATISTICS, excess, gradient_excess, near_a_band, truth
@@ -20,6 +21,8 @@ from strategies import DTYPES, cases
 from deft_kernels import deft_loss
 from deft_kernels.statistics import RowStatistics
 
+# That fp16 logits overwritten in the forward lose small entries under a loss scale is said once; see `check`.
+pytestmark = pytest.mark.filterwarnings("ignore:.*inplace=True with:RuntimeWarning")
 FEWER = settings(max_examples=max(1, settings().max_examples // 12))
 
 
