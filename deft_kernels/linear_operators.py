@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import blocked, chunks, objectives
 from .chunks import Head
-from .operators import check_labels, implementation, no_double_backward, save_nothing
+from .operators import check_labels, implementation, no_double_backward, save_nothing, weighted_total
 from .rows import gradient_fields
 from .spec import decode
 from .statistics import Field
@@ -84,7 +84,7 @@ def linear_loss_with_gradient(
         loss, rows, gradients = chunks.loss_with_gradient(
             implementation(spec), head, labels, row_scale, class_weight, ignore_index, spec, wanted
         )
-        return ((loss * row_scale).sum(), rows, *gradients)
+        return (weighted_total(loss, row_scale, rows), rows, *gradients)
 
 
 @linear_loss_with_gradient.register_fake

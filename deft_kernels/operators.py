@@ -49,6 +49,11 @@ def check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
         )
 
 
+def weighted_total(loss: Tensor, row_scale: Tensor, rows: Tensor) -> Tensor:
+    """sum_i row_scale_i loss_i over the rows that are kept; a scale of NaN or inf elsewhere is not met."""
+    return torch.where(rows[Field.KEPT] != 0, loss * row_scale, 0.0).sum()
+
+
 @torch.library.custom_op("deft_kernels::row_loss", mutates_args=())
 def row_loss(
     logits: Tensor,
@@ -87,7 +92,7 @@ def row_loss_with_gradient(
     loss, rows = implementation(spec).row_loss_with_gradient(
         logits, labels, row_scale, class_weight, ignore_index, spec, dlogits
     )
-    return (loss * row_scale).sum(), rows, dlogits
+    return weighted_total(loss, row_scale, rows), rows, dlogits
 
 
 @row_loss_with_gradient.register_fake
@@ -127,7 +132,7 @@ def row_loss_with_gradient_(
     loss, rows = implementation(spec).row_loss_with_gradient(
         logits, labels, row_scale, class_weight, ignore_index, spec, logits
     )
-    return (loss * row_scale).sum(), rows
+    return weighted_total(loss, row_scale, rows), rows
 
 
 @row_loss_with_gradient_.register_fake

@@ -134,6 +134,27 @@ def test_token_weights_of_ignored_rows(reduction, own, device):
     assert weight.grad[COUNTED].isfinite().all() and weight.grad[COUNTED].all()
 
 
+@pytest.mark.parametrize("in_forward", [False, True])
+@pytest.mark.parametrize("poison", POISON)
+def test_token_weights_of_rows_outside_a_band(poison, in_forward, backend, device):
+    logits, labels = rows(device)
+    p = deft_loss(logits, labels, return_stats=True, backend=backend)[1].logp[COUNTED].exp()
+    objective = objectives.deft().within(f"p>={p.median().item() / 2}")
+    weight = torch.linspace(0.5, 2.0, N, device=device)
+    outcomes = []
+    for own in (weight, weight.where((labels >= 0) & (weight != weight[COUNTED[int(p.argmin())]]), poison)):
+        x = logits.clone().requires_grad_()
+        loss = deft_loss(
+            x, labels, objective=objective, token_weight=own, num_items=3.0, grad_in_forward=in_forward,
+            backend=backend,
+        )  # fmt: skip
+        loss.backward()
+        outcomes.append((loss.detach(), x.grad))
+    assert not own.isfinite().all()
+    for plain, poisoned in zip(*outcomes, strict=True):
+        assert torch.equal(plain, poisoned)
+
+
 # A function with a parameter -------------------------------------------------------------------------------
 
 
