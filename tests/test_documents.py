@@ -117,6 +117,8 @@ def test_readme_statistics(capsys: pytest.CaptureFixture[str]) -> None:
     assert alpha == pytest.approx((p * p).sum(-1).mean().item(), rel=1e-3)
     assert 0 < gate <= 1
     assert torch.equal(scope["valid"], labels != -100)
+    _, shifted = deft_loss(logits, labels, shift=True, return_stats=True)
+    assert torch.equal(shifted.max_prob != 0, nn.functional.pad(labels[:, 1:] != -100, (0, 1)))
 
 
 def two_ranks_of(names: dict[str, object]) -> dict[str, object]:
