@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
-ALWAYS = 60
+ALWAYS = 100
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
