@@ -1,4 +1,4 @@
-"""The pages of README and docs as tests see them: fenced blocks, indented commands, paragraphs without line breaks."""
+"""README and docs as tests see them: fenced blocks, indented commands, text without line breaks."""
 
 from __future__ import annotations
 

@@ -22,7 +22,11 @@ from torch import Tensor, nn
 
 from deft_kernels import deft_loss
 
-PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
+]
 STACKS = sorted((ROOT / "docs" / "integrations").glob("*.md"))
 # The Python blocks of these pages by what a test gives them: whole tensors, or the parts of two ranks.
 ALONE = {"README.md": (0, 1, 3, 4), "docs/linear.md": (0,)}
@@ -91,7 +95,9 @@ def test_linear_examples(page: str, block: int) -> None:
     hidden, weight = names["hidden"], names["model"].lm_head.weight
     whole = deft_loss(hidden @ weight.T, names["labels"], shift=True)
     torch.testing.assert_close(loss, whole)
-    for mine, theirs in zip(gradient_of(loss, hidden, weight), gradient_of(whole, hidden, weight), strict=True):
+    for mine, theirs in zip(
+        gradient_of(loss, hidden, weight), gradient_of(whole, hidden, weight), strict=True
+    ):
         torch.testing.assert_close(mine, theirs)
 
 
@@ -109,7 +115,9 @@ def test_readme_objective_of_ones_own() -> None:
 def test_readme_statistics(capsys: pytest.CaptureFixture[str]) -> None:
     names = given()
     scope = execute("README.md", 4, names)
-    nll, alpha, gate = (float(number) for number in re.findall(r"tensor\(([-0-9.e]+)\)", capsys.readouterr().out))
+    nll, alpha, gate = (
+        float(number) for number in re.findall(r"tensor\(([-0-9.e]+)\)", capsys.readouterr().out)
+    )
     logits, labels = names["logits"].detach(), names["labels"]
     plain = nn.functional.cross_entropy(logits.reshape(-1, V), labels.reshape(-1))
     assert nll == pytest.approx(plain.item(), rel=1e-3)
@@ -148,7 +156,9 @@ def imports() -> dict[str, object]:
     """What a page imported in an earlier block."""
     import deft_kernels
 
-    return {name: getattr(deft_kernels, name) for name in ("deft_loss", "fused_linear_deft_loss", "objectives")}
+    return {
+        name: getattr(deft_kernels, name) for name in ("deft_loss", "fused_linear_deft_loss", "objectives")
+    }
 
 
 def parallel_page_on_two_ranks() -> None:
@@ -210,7 +220,7 @@ def test_the_pages_have_commands() -> None:
 
 @pytest.mark.parametrize("page, line", SHELL, ids=[line[:60] for _, line in SHELL])
 def test_commands_exist(page: str, line: str) -> None:
-    """Every file that a command names is there, every module can be found, every pytest line selects something."""
+    """The files and modules that a command names are there; a pytest line selects something."""
     for part in re.split(r"\s*&&\s*|\s*;\s*", line):
         words = shlex.split(part, comments=True)
         program, *arguments = words
@@ -247,7 +257,9 @@ def selects_tests(arguments: list[str]) -> None:
 
 def knows(arguments: list[str]) -> None:
     """A script's own options, as its --help lists them."""
-    outcome = subprocess.run([sys.executable, arguments[0], "--help"], cwd=ROOT, capture_output=True, text=True)
+    outcome = subprocess.run(
+        [sys.executable, arguments[0], "--help"], cwd=ROOT, capture_output=True, text=True
+    )
     if outcome.returncode != 0 and "ModuleNotFoundError" in outcome.stderr:
         pytest.skip(outcome.stderr.splitlines()[-1])
     assert outcome.returncode == 0, outcome.stderr

@@ -221,9 +221,10 @@ def test_memory_is_said_alike() -> None:
 def peak(run: Callable[[], object]) -> int:
     """Most bytes of CPU tensors alive during `run`, beyond those alive before."""
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with redirect_stderr(StringIO()), torch.profiler.profile(
-        activities=activities, profile_memory=True, acc_events=True
-    ) as profile:
+    with (
+        redirect_stderr(StringIO()),
+        torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile,
+    ):
         run()
     events = profile.profiler.kineto_results.events()
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")

@@ -8,11 +8,12 @@ from contextlib import contextmanager
 import pytest
 
 from deft_kernels import block
+from deft_kernels.backends import interpreted
 
 
 @contextmanager
 def small(backend: str, rows: int, vocabulary: int, seed: int) -> Iterator[None]:
-    """rows: of a block on the PyTorch backend. On the kernels: of plans, tiles of 8 to 64 columns, split rows."""
+    """rows: of a block on the PyTorch backend; on the kernels programs a row, and tiles of 8 to 256 columns."""
     with pytest.MonkeyPatch.context() as patch:
         if backend == "torch":
             patch.setattr(block, "BLOCK_ELEMENTS", 2 * rows * vocabulary)
@@ -20,9 +21,10 @@ def small(backend: str, rows: int, vocabulary: int, seed: int) -> Iterator[None]
         else:
             from deft_kernels.kernels import launch, table
 
-            def plan(_: int, itemsize: int, __: int) -> table.Launch:
+            def plan(_: int, itemsize: int, warp: int) -> table.Launch:
                 # A warp of fewer threads is the interpreter's alone.
-                return table.Launch(1 + seed % 2, 16 // itemsize, 2 ** (1 + seed // 2 % 4))
+                lanes = 2 ** (1 + seed // 2 % 4) if interpreted() else warp
+                return table.Launch(1 + seed % 2, 16 // itemsize, lanes)
 
             for name in ("statistics", "gradient", "fused"):
                 patch.setattr(table, name, plan)

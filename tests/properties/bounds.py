@@ -1,15 +1,16 @@
-"""What a call may err: the bounds of `rows`, scaled to what a row's gradient is made of, and nothing beside them
-but what PyTorch itself errs in fp32 where an option rounds on its way.
+"""What a call may err: the bounds of `rows`, scaled to what a row's gradient is made of, and nothing beside
+them but what PyTorch itself errs in fp32 where an option rounds on its way.
 
-Rows: loss 3e-5 relative and one fp32 epsilon of logp; gradient 3e-5 relative (fp32) or one ulp (bf16, fp16), and
-3e-7 of the row's scale: its upstream times its weights, over the temperature, or its largest entry. A gradient through
-the gate is made of terms as large as dL/dS, dL/dH or dL/d(max p), which cancel where one token holds nearly
-everything: one fp32 epsilon of these. For fp64 logits the same with fp64's digits.
+Rows: loss 3e-5 relative and one fp32 epsilon of logp; gradient 3e-5 relative (fp32) or one ulp (bf16,
+fp16), and 3e-7 of the row's scale: its upstream times its weights, over the temperature, or its largest
+entry. A gradient through the gate is made of terms as large as dL/dS, dL/dH or dL/d(max p), which cancel
+where one token holds nearly everything: one fp32 epsilon of these. For fp64 logits the same with fp64's
+digits.
 
-A soft cap, label smoothing and z-loss round on their way, as PyTorch's own formulas do in fp32. There the largest
-error of the oracle run in fp32 on the same row is allowed beside these bounds, twice. Smoothing's part of a loss,
-a difference of lse and the mean logit, may also be off by an epsilon of the logits: PyTorch subtracts the largest
-first, and errs less where all are large and alike.
+A soft cap, label smoothing and z-loss round on their way, as PyTorch's own formulas do in fp32. There the
+largest error of the oracle run in fp32 on the same row is allowed beside these bounds, twice. Smoothing's
+part of a loss, a difference of lse and the mean logit, may also be off by an epsilon of the logits: PyTorch
+subtracts the largest first, and errs less where all are large and alike.
 """
 
 from __future__ import annotations
@@ -104,9 +105,7 @@ def truth(case: Case, made: Tensors) -> Truth:
     slope = own * sound(stats.gate).clamp(max=1.0) + spread + z_slope
     rows_slack = relative * exact.rows.abs() + epsilon * token * slope
     rows_slack = rows_slack + ORACLE * token * own * (1.0 + sound(stats.logp.abs()))
-    statistics_slack = {
-        name: relative * getattr(stats, name).abs() + free for name in STATISTICS
-    }
+    statistics_slack = {name: relative * getattr(stats, name).abs() + free for name in STATISTICS}
     size = logit_size(case, made)
     rows_slack = rows_slack + epsilon * token * spread * size
     if double:

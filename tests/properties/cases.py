@@ -1,4 +1,4 @@
-"""One call of the loss, as plain numbers: what a strategy draws, what a failure prints, what an example keeps."""
+"""One call of the loss as plain numbers: what a strategy draws, a failure prints, an example keeps."""
 
 from __future__ import annotations
 
@@ -57,7 +57,9 @@ class Case:
     def __repr__(self) -> str:
         """What differs from the defaults, as an example would be written."""
         given = ((field.name, getattr(self, field.name), field.default) for field in fields(self))
-        return f"Case({', '.join(f'{name}={written(value)}' for name, value, usual in given if value != usual)})"
+        return (
+            f"Case({', '.join(f'{name}={written(value)}' for name, value, usual in given if value != usual)})"
+        )
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text(repr(self))

@@ -1,4 +1,4 @@
-"""How many examples: a hundred or so of each property, always the same; `--examples 20000` draws as many others."""
+"""How many examples: a hundred of each property, always the same; `--examples 20000` draws others."""
 
 from __future__ import annotations
 

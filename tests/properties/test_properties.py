@@ -1,4 +1,4 @@
-"""Values, statistics and gradients of `deft_loss` against the float64 oracle, whatever is asked of it together.
+"""Values, statistics and gradients of `deft_loss` against the float64 oracle, whatever is asked together.
 
 A hundred or so cases, always the same; many others, in a few minutes on one core:
 
@@ -10,7 +10,6 @@ A case that ever failed stays here as an example.
 from __future__ import annotations
 
 import pytest
-import pytest
 import torch
 from backends_in_small import small
 from bounds import STATISTICS, excess, gradient_excess, near_a_band, truth
@@ -19,7 +18,6 @@ from hypothesis import assume, event, given, settings
 from strategies import DTYPES, cases
 
 from deft_kernels import deft_loss
-from deft_kernels.statistics import RowStatistics
 
 # That fp16 logits overwritten in the forward lose small entries under a loss scale is said once; see `check`.
 pytestmark = pytest.mark.filterwarnings("ignore:.*inplace=True with:RuntimeWarning")

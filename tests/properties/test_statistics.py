@@ -74,7 +74,9 @@ def check_function(case: Case, name: str, backend: str) -> None:
     size = logit_size(case, made)
     double = case.dtype == torch.float64
     epsilon = 1e-14 if double else EPSILON
-    weight = torch.ones(case.rows) if made.token_weight is None else made.token_weight.reshape(-1).double().abs()
+    weight = (
+        torch.ones(case.rows) if made.token_weight is None else made.token_weight.reshape(-1).double().abs()
+    )
     if made.class_weight is not None:
         weight = weight * made.class_weight.max()
     loss_slack = (1e-12 if double else RELATIVE) * exact_loss.abs() + 4 * epsilon * weight * (1 + size)
