@@ -98,9 +98,9 @@ class Inputs:
         logits.detach().copy_(self.pristine)
 
 
-# Cycles that a GPU waits before it begins what is timed, about 1.5 ms. The host queues its launches
+# Cycles that a GPU waits before it begins what is timed, about 3 ms. The host queues its launches
 # meanwhile, as in a training step, where it runs ahead; otherwise small shapes would measure the host.
-HEAD_START = 3_000_000
+HEAD_START = 6_000_000
 
 
 def clock(device: torch.device, run: Callable[[], object]) -> float:

@@ -29,6 +29,7 @@ from measure import Case, Inputs, Loss, compare
 
 from deft_kernels import backends, objectives
 from deft_kernels.kernels import launch, table
+from deft_kernels.kernels.call import lean
 from deft_kernels.spec import Spec
 
 DRY = backends.interpreted()
@@ -50,7 +51,7 @@ class Candidate:
 
     def __str__(self) -> str:
         text = f"num_warps={self.plan.num_warps}, width={self.plan.width}"
-        text += "".join(f", {name}" for name in ("tail", "near", "backwards") if getattr(self.plan, name))
+        text += "".join(f", {name}" for name in ("tail", "near") if getattr(self.plan, name))
         text += "" if self.slices is None else f", SLICE_TURNS={self.slices}"
         return text + ("" if self.splits is None else f", splits={self.splits}")
 
@@ -61,30 +62,24 @@ def candidates(kernel: str, rows: int, itemsize: int, processors: int) -> list[C
     warps = (1, 2) if DRY else (1, 2, 4, 8, 16, 32)
     off_on = (False, True)
     if kernel == "gradient":
-        found = [
-            Candidate(table.Launch(w, width), slices=s)
-            for w in warps[:4]
-            for s in ((2, 8) if DRY else (2, 4, 8, 16))
-        ]
-        return found + [replace(c, plan=replace(c.plan, near=True)) for c in found if c.slices == 8]
-    if kernel == "statistics, gradient":
         return [
-            Candidate(table.Launch(w, width, near=near, backwards=backwards), slices=8, splits=1)
-            for w in warps[2:4] or warps
-            for near in off_on
-            for backwards in off_on
+            Candidate(table.Launch(w, width), slices=s) for w in warps[:4] for s in (4, 8, 16)[-len(warps) :]
         ]
+    if kernel == "statistics, gradient":
+        return [Candidate(table.Launch(w, width), slices=8, splits=1) for w in warps[2:4] or warps]
     if kernel.startswith("fused"):
-        plain = [Candidate(table.Launch(w, width, tail=tail)) for w in warps[1:] for tail in off_on]
-        return plain + [
-            Candidate(table.Launch(w, width, tail=True, near=near, backwards=backwards))
-            for w in warps[3:] or warps
-            for near, backwards in ((True, False), (False, True), (True, True))
+        return [
+            Candidate(table.Launch(w, width, tail=True, near=near))
+            for w in warps[2:] or warps
+            for near in off_on
         ]
-    if rows >= 2 * processors:
-        return [Candidate(table.Launch(w, width, tail=tail), splits=1) for w in warps[:5] for tail in off_on]
-    splits = (1, 2) if DRY else (1, 4, 8, 16, 32, 64)
-    return [Candidate(table.Launch(w, width), splits=s) for w in warps[1:4] for s in splits]
+    splits = (1,) if rows >= 2 * processors else (1, 2) if DRY else (1, 2, 4, 8, 16, 32, 64)
+    return [
+        Candidate(table.Launch(w, width, tail=tail), splits=s)
+        for w in warps[1:4]
+        for s in splits
+        for tail in off_on
+    ]
 
 
 def table_of(kernel: str) -> str:
@@ -96,7 +91,7 @@ def launched(kernel: str, candidate: Candidate) -> Iterator[None]:
     """The launchers as if the table held the candidate for this kernel."""
     name = table_of(kernel)
     kept = (getattr(table, name), table.splits, launch.SLICE_TURNS)
-    setattr(table, name, lambda vocabulary, itemsize, warp=32: replace(candidate.plan, warp=warp))
+    setattr(table, name, lambda vocabulary, itemsize, *rest: replace(candidate.plan, warp=rest[-1]))
     if candidate.splits is not None:
         table.splits = lambda *_: candidate.splits
     if candidate.slices is not None:
@@ -149,9 +144,12 @@ STREAMS = {
 }  # fmt: skip
 
 
-def entrants(kernel: str, case: Case, device: torch.device) -> dict[str, Candidate]:
+def entrants(kernel: str, case: Case, objective: str, device: torch.device) -> dict[str, Candidate]:
     """By name; the table's own choice is among them as "table"."""
-    own = Candidate(getattr(table, table_of(kernel))(case.vocabulary, case.dtype.itemsize))
+    row = (case.vocabulary, case.dtype.itemsize)
+    spec = Spec(OBJECTIVES[objective], backend="triton")
+    further = {"statistics": (spec.needs_entropy,), "gradient": (), "fused": (lean(spec),)}[table_of(kernel)]
+    own = Candidate(getattr(table, table_of(kernel))(*row, *further))
     processors = 1 if DRY else torch.cuda.get_device_properties(device).multi_processor_count
     found = {str(c): c for c in candidates(kernel, case.n, case.dtype.itemsize, processors)}
     return {f"table: {own}": own} | found
@@ -159,7 +157,7 @@ def entrants(kernel: str, case: Case, device: torch.device) -> dict[str, Candida
 
 def sweep(kernel: str, case: Case, objective: str, device: torch.device) -> list[dict[str, Any]]:
     """Records of the candidates, the fastest first."""
-    found = entrants(kernel, case, device)
+    found = entrants(kernel, case, objective, device)
     runs = {name: run_of(kernel, candidate, case, objective, device) for name, candidate in found.items()}
     small = replace(case, n=min(case.n, FEW))
     expected, inputs = None, Inputs(small, device, sets=1)
@@ -212,8 +210,10 @@ def main() -> None:
         for shape, dtype, kernel, objective in itertools.product(
             args.shapes, args.dtype, args.kernel, args.objective
         )
-        # The entropy changes what the statistics' loop holds, and nothing of the gradient's.
-        if objective == "deft" or kernel in ("statistics", "fused")
+        # The entropy changes what the statistics' loop holds, and nothing of the gradient's. Few rows are
+        # split, which is of the statistics alone.
+        if (objective == "deft" or kernel in ("statistics", "fused"))
+        and (DRY or kernel == "statistics" or int(shape.split("x")[0]) > 512)
     ]
     if not DRY:
         begun = time.perf_counter()
@@ -223,7 +223,7 @@ def main() -> None:
                 kernel, candidate, case, objective
             )
             for kernel, case, objective in jobs
-            for candidate in entrants(kernel, case, device).values()
+            for candidate in entrants(kernel, case, objective, device).values()
         }.values())  # fmt: skip
         context = multiprocessing.get_context("spawn")
         with context.Pool(min(len(programs), os.cpu_count() or 1)) as pool:

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from . import objectives
+from .arguments import check_dense, check_no_transform, kind_of
 from .formulas import evaluate, outside_band
+from .keywords import named
 from .objectives import Objective
 from .parallel import batch_mean
 from .statistics import Field
@@ -57,6 +59,7 @@ class RowFormula(torch.autograd.Function):
         return (*grads, None, None)
 
 
+@named
 def gated_loss(
     logp: Tensor,
     log_collision: Tensor | None = None,
@@ -98,11 +101,20 @@ def gated_loss(
         raise ValueError(f"{name}: needed by objective {described.name!r} with focus {described.focus!r}")
     if not isinstance(logp, Tensor) or not logp.is_floating_point():
         raise TypeError("logp: expected a floating Tensor")
+    check_dense(logp, "logp")
     for key, tensor in (*given.items(), ("valid", valid)):
-        if tensor is not None and tensor.shape != logp.shape:
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{key}: expected a Tensor, got {kind_of(tensor)}")
+        check_dense(tensor, key)
+        if tensor.shape != logp.shape:
             raise ValueError(
                 f"{key}: expected the shape of logp {tuple(logp.shape)}, got {tuple(tensor.shape)}"
             )
+    for key, tensor in (("logp", logp), *given.items()):
+        if tensor is not None:
+            check_no_transform(tensor, key, "deft_kernels.reference has the formulas in plain PyTorch")
     dtype = torch.float64 if logp.dtype == torch.float64 else torch.float32
     mask = torch.ones_like(logp, dtype=torch.bool) if valid is None else valid.bool()
 

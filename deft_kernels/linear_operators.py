@@ -221,9 +221,7 @@ def scale_(gradient: Tensor, upstream: Tensor, backend: str, kept: Optional[Tens
     if backend == "triton":
         from .kernels import launch
 
-        launch.scale(gradient, upstream)
-        if kept is not None:
-            gradient.masked_fill_(~kept.unsqueeze(1), 0.0)
+        launch.scale(gradient, upstream, kept)
     else:
         blocked.scale(gradient, upstream, kept)
 

@@ -57,7 +57,8 @@ def row_objective(objective: Any, stats: dict[str, Tensor], valid: Tensor) -> tu
     if objective.focus == "entropy":
         weight = (stats["entropy"].clamp(min=0) / math.log(objective.top_k)) ** objective.power
         # A row of entropy 0 has weight 0, and an impossible target there is 0 * inf.
-        return held(weight) * -logp.masked_fill(weight == 0, 0.0), torch.zeros_like(logp), weight
+        seen = logp.masked_fill((weight == 0) & impossible, 0.0)
+        return held(weight) * -seen, torch.zeros_like(logp), weight
 
     if objective.focus == "fixed":
         alpha = torch.full_like(logp, objective.alpha)

@@ -19,6 +19,7 @@ from . import objectives, table
 from .call import (
     Call,
     kernel_for,
+    lean,
     mode,
     on_device,
     options,
@@ -37,6 +38,8 @@ from .row_kernels import (
     statistics_kernel,
 )
 
+# Programs a multiprocessor of a launch that mostly finds nothing to do, because the upstream is 1.
+RESCALING = 8
 SLICE_TURNS = 8  # columns of a gradient program, in turns of two tiles: long enough to amortise its row
 
 
@@ -94,7 +97,7 @@ def states_loss(
 
 def _splits(call: Call) -> int:
     """Programs a row."""
-    plan = table.statistics(call.vocabulary, call.logits.element_size(), warp())
+    plan = table.statistics(call.vocabulary, call.logits.element_size(), call.spec.needs_entropy, warp())
     return table.splits(call.count, call.vocabulary, plan.tile, processors(call.device))
 
 
@@ -108,7 +111,7 @@ def _reduce(
 ) -> Tensor:
     """Launch `statistics_kernel`: with splits to states [N, splits, size], without to the `outputs`."""
     spec, stored = call.spec, splits > 0
-    plan = table.statistics(call.vocabulary, call.logits.element_size(), warp())
+    plan = table.statistics(call.vocabulary, call.logits.element_size(), call.spec.needs_entropy, warp())
     span = call.vocabulary
     if stored:
         span = plan.tile * max(1, math.ceil(call.vocabulary / (plan.tile * splits)))
@@ -180,7 +183,7 @@ def row_loss_with_gradient(
     rows, loss = call.buffers()
     if call.count == 0:
         return loss, rows
-    plan = table.fused(call.vocabulary, logits.element_size(), warp())
+    plan = table.fused(call.vocabulary, logits.element_size(), lean(spec), warp())
     out_outer, out_inner = out_strides = out_strides_of(out, call.inner)
     kernel_for(fused_kernel, min(call.vocabulary, 2))[(call.count,)](
         logits, labels, call.class_weight, call.weight_total, rows, loss, row_scale, out,
@@ -190,7 +193,7 @@ def row_loss_with_gradient(
         spread=spec.label_smoothing / call.vocabulary / spec.temperature, **call.constants,
         WEIGHTED=call.weighted, SOFTCAP=call.softcap, TIES=spec.peaks,
         PEEL=peel(plan.width, (logits, out), (call.strides, out_strides)),
-        TAIL=plan.tail, NEAR=plan.near, BACKWARDS=plan.backwards,
+        TAIL=plan.tail, NEAR=plan.near,
         LANES=plan.lanes, WIDTH=plan.width, MODE=call.mode,
         num_warps=plan.num_warps, **call.options,
     )  # fmt: skip
@@ -215,7 +218,11 @@ def gradient(
     plan = table.gradient(call.vocabulary, logits.element_size(), warp())
     span = plan.tile * 2 * SLICE_TURNS
     out_outer, out_inner = out_strides = out_strides_of(out, call.inner)
-    grid = (call.count, math.ceil(call.vocabulary / span))
+    programs = call.count
+    if upstream is not None:
+        span = call.vocabulary
+        programs = min(call.count, RESCALING * processors(call.device))
+    grid = (programs, math.ceil(call.vocabulary / span))
     gradient_kernel[grid](
         logits, labels, call.class_weight, rows, dloss, rows if upstream is None else upstream, out,
         call.count, **call.position(), out_outer=out_outer, out_inner=out_inner,
@@ -224,7 +231,7 @@ def gradient(
         UPSTREAM=upstream is not None, SQUARES=spec.squares, LOGS=spec.logs, PEAKS=spec.peaks,
         SMOOTHED=spec.label_smoothing > 0, WEIGHTED=call.weighted, SOFTCAP=call.softcap,
         PEEL=peel(plan.width, (logits, out), (call.strides, out_strides)),
-        NEAR=plan.near, BACKWARDS=plan.backwards, LANES=plan.lanes, WIDTH=plan.width, MODE=call.mode,
+        NEAR=plan.near, LANES=plan.lanes, WIDTH=plan.width, MODE=call.mode,
         num_warps=plan.num_warps, **call.options,
     )  # fmt: skip
 
@@ -246,15 +253,20 @@ def match_upstream(
     if logits is not None:
         gradient(logits, labels, class_weight, rows, row_scale, spec, dlogits, upstream)
         return
-    scale(dlogits, upstream)
+    scale(dlogits, upstream, rows[Field.KEPT])
 
 
 @on_device
-def scale(gradient: Tensor, upstream: Tensor) -> None:
-    """gradient [..., V] *= upstream; decided on the device, which reads and writes nothing where it is 1."""
+def scale(gradient: Tensor, upstream: Tensor, kept: Tensor | None = None) -> None:
+    """gradient [..., V] *= upstream; decided on the device, which reads and writes nothing where it is 1.
+
+    kept: [N], 0 at rows to leave as they are.
+    """
     plan = table.gradient(gradient.shape[-1], gradient.element_size(), warp())
     inner, outer, stride = strides_of(gradient)
-    scale_kernel[(gradient.numel() // gradient.shape[-1],)](
-        gradient, upstream, inner, outer, stride, gradient.shape[-1],
+    rows = gradient.numel() // gradient.shape[-1]
+    scale_kernel[(min(rows, RESCALING * processors(gradient.device)),)](
+        gradient, upstream, upstream if kept is None else kept, rows, inner, outer, stride,
+        gradient.shape[-1], KEPT=kept is not None,
         LANES=plan.lanes, WIDTH=plan.width, MODE=mode(), num_warps=plan.num_warps, **options(mode(), False),
     )  # fmt: skip

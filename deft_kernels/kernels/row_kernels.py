@@ -11,7 +11,7 @@ fused_kernel        all of it for a row in one launch
 import triton
 import triton.language as tl
 
-from .device import narrowed, softcapped
+from .device import cap_slope, narrowed, softcapped
 from .finish import BY_COLLISION, BY_ENTROPY, BY_MAX_PROB, finish_row, floor_of, store_ignored, weights_of
 from .parts import load_parts, store_state
 from .state import count_ties, reduce_row
@@ -36,11 +36,10 @@ def aligned(offset, WIDTH: tl.constexpr, PEEL: tl.constexpr):
 
 
 @triton.jit
-def target_of(row_ptr, label, vocabulary, softcap, SOFTCAP: tl.constexpr):
-    """The target's logit, soft-capped; NaN and no read for a label out of range."""
+def target_of(row_ptr, label, vocabulary):
+    """The target's logit as it stands; NaN and no read for a label out of range."""
     known = (label >= 0) & (label < vocabulary)
-    z = tl.load(row_ptr + label, mask=known, other=float("nan")).to(tl.float32)
-    return softcapped(z, softcap, SOFTCAP)
+    return tl.load(row_ptr + label, mask=known, other=float("nan")).to(tl.float32)
 
 
 @triton.jit
@@ -70,15 +69,12 @@ def statistics_kernel(
             start = lead + tl.program_id(1) * span
             stop = tl.minimum(start + span, stop)
         base = logits + at
-        z_target = target_of(base + lead, label, vocabulary, softcap, SOFTCAP)
-        peel = 0
-        if PEEL:
-            peel = start % WIDTH
+        z_target = softcapped(target_of(base + lead, label, vocabulary), softcap, SOFTCAP)
         weights = class_weight
         if WEIGHTED:
             weights = class_weight - lead
         peak, offset, s, u, t, zsum = reduce_row(
-            base, start, stop, peel, weights, k, softcap,
+            base, start, stop, weights, k, softcap,
             LANES, WIDTH, SOFTCAP, SMOOTHED, WEIGHTED, ENTROPY, PEEL, TAIL, False, MODE,
         )  # fmt: skip
         ties = 0.0
@@ -158,6 +154,50 @@ def finish_kernel(
 
 
 @triton.jit
+def gradient_of_slice(
+    row, start, factor, logits, labels, class_weight, rows, dlogits,
+    n_rows, inner, stride_outer, stride_inner, out_outer, out_inner, vocabulary, span, k, softcap, spread,
+    SQUARES: tl.constexpr, LOGS: tl.constexpr, PEAKS: tl.constexpr, SMOOTHED: tl.constexpr,
+    WEIGHTED: tl.constexpr, SOFTCAP: tl.constexpr, PEEL: tl.constexpr, NEAR: tl.constexpr,
+    LANES: tl.constexpr, WIDTH: tl.constexpr, MODE: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the columns [start, start + span) of a row, times `factor`."""
+    at, lead = aligned(row_offset(row, inner, stride_outer, stride_inner), WIDTH, PEEL)
+    to = row_offset(row, inner, out_outer, out_inner) - lead
+    if PEEL:
+        to = tl.multiple_of(to, WIDTH)
+    start += lead
+    stop = tl.minimum(start + span, lead + vocabulary)
+    if tl.load(rows + 8 * n_rows + row) != 0.0:
+        label = tl.load(labels + row)
+        offset = tl.load(rows + 9 * n_rows + row)
+        peak = tl.load(rows + 11 * n_rows + row)
+        a = tl.load(rows + 13 * n_rows + row) * factor
+        b = tl.load(rows + 14 * n_rows + row) * factor
+        c = tl.load(rows + 15 * n_rows + row) * factor
+        peak_grad = tl.load(rows + 16 * n_rows + row) * factor
+        target = tl.load(rows + 17 * n_rows + row) * factor
+        if SOFTCAP:
+            # Only the program that writes the target's element needs its logit. In place, others would read
+            # what that program has already overwritten; its own threads wait for each other.
+            own = (label + lead >= start) & (label + lead < stop)
+            raw_target = target_of(logits + at + lead, tl.where(own, label, -1), vocabulary)
+            target *= cap_slope(raw_target, softcap)
+            tl.debug_barrier()
+        weights = class_weight
+        if WEIGHTED:
+            weights = class_weight - lead
+        write_gradient(
+            logits + at, dlogits + to, start, stop, label + lead, weights, k, softcap,
+            offset, peak, a, b, c, peak_grad, target, spread * factor,
+            LANES, WIDTH, SOFTCAP, SMOOTHED, WEIGHTED, SQUARES, LOGS, PEAKS,
+            PEEL, NEAR, MODE,
+        )  # fmt: skip
+    else:
+        write_zeros(dlogits + to, start, stop, LANES, WIDTH, PEEL)
+
+
+@triton.jit
 def gradient_kernel(
     logits,  # [N, V]
     labels,  # [N] int64
@@ -170,80 +210,58 @@ def gradient_kernel(
     softcap, spread,
     UPSTREAM: tl.constexpr, SQUARES: tl.constexpr, LOGS: tl.constexpr, PEAKS: tl.constexpr,
     SMOOTHED: tl.constexpr, WEIGHTED: tl.constexpr, SOFTCAP: tl.constexpr, PEEL: tl.constexpr,
-    NEAR: tl.constexpr, BACKWARDS: tl.constexpr,
-    LANES: tl.constexpr, WIDTH: tl.constexpr, MODE: tl.constexpr,
+    NEAR: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    slice_ = tl.program_id(1)
-    if BACKWARDS:
-        # The rows and columns that the statistics' launch read last may still be in the L2 cache.
-        row = tl.num_programs(0) - 1 - row
-        slice_ = tl.num_programs(1) - 1 - slice_
-    factor = tl.load(dloss + row.to(tl.int64) * dloss_stride).to(tl.float32)
-    wanted = True
     if UPSTREAM:
-        # The gradient stands already for an upstream of 1: decided here, never by waiting on the host.
+        # The gradient stands already for an upstream of 1: decided here, never by waiting on the host, and by
+        # a few programs that walk over the rows, since mostly they have nothing to do.
         scalar = tl.load(upstream).to(tl.float32)
-        wanted = scalar != 1.0
-        factor *= scalar
-    if wanted:
-        at, lead = aligned(row_offset(row, inner, stride_outer, stride_inner), WIDTH, PEEL)
-        to = row_offset(row, inner, out_outer, out_inner) - lead
-        if PEEL:
-            to = tl.multiple_of(to, WIDTH)
-        start = lead + slice_ * span
-        stop = tl.minimum(start + span, lead + vocabulary)
-        peel = 0
-        if PEEL:
-            peel = start % WIDTH
-        if tl.load(rows + 8 * n_rows + row) != 0.0:
-            label = tl.load(labels + row)
-            offset = tl.load(rows + 9 * n_rows + row)
-            peak = tl.load(rows + 11 * n_rows + row)
-            a = tl.load(rows + 13 * n_rows + row) * factor
-            b = tl.load(rows + 14 * n_rows + row) * factor
-            c = tl.load(rows + 15 * n_rows + row) * factor
-            peak_grad = tl.load(rows + 16 * n_rows + row) * factor
-            target = tl.load(rows + 17 * n_rows + row) * factor
-            z_target = 0.0
-            if SOFTCAP:
-                # Only the program that will write the target's element needs its logit. Another program's
-                # is overwritten in place by now, or is not; another thread of this one waits.
-                own = (label + lead >= start) & (label + lead < stop)
-                z_target = target_of(
-                    logits + at + lead, tl.where(own, label, -1), vocabulary, softcap, SOFTCAP
-                )
-                tl.debug_barrier()
-            weights = class_weight
-            if WEIGHTED:
-                weights = class_weight - lead
-            write_gradient(
-                logits + at, dlogits + to, start, stop, peel, label + lead, z_target, weights, k, softcap,
-                offset, peak, a, b, c, peak_grad, target, spread * factor,
-                LANES, WIDTH, SOFTCAP, SMOOTHED, WEIGHTED, SQUARES, LOGS, PEAKS, NEAR, BACKWARDS, MODE,
+        stop = tl.where(scalar != 1.0, n_rows, 0)
+        while row < stop:
+            factor = tl.load(dloss + row.to(tl.int64) * dloss_stride).to(tl.float32) * scalar
+            start = tl.program_id(1) * span
+            gradient_of_slice(
+                row, start, factor, logits, labels, class_weight, rows, dlogits,
+                n_rows, inner, stride_outer, stride_inner, out_outer, out_inner, vocabulary, span, k, softcap,
+                spread, SQUARES, LOGS, PEAKS, SMOOTHED, WEIGHTED, SOFTCAP, PEEL, NEAR, LANES, WIDTH,
+                MODE,
             )  # fmt: skip
-        else:
-            write_zeros(dlogits + to, start, stop, peel, LANES, WIDTH)
+            row += tl.num_programs(0)
+    else:
+        factor = tl.load(dloss + row.to(tl.int64) * dloss_stride).to(tl.float32)
+        gradient_of_slice(
+            row, tl.program_id(1) * span, factor, logits, labels, class_weight, rows, dlogits,
+            n_rows, inner, stride_outer, stride_inner, out_outer, out_inner, vocabulary, span, k, softcap,
+            spread, SQUARES, LOGS, PEAKS, SMOOTHED, WEIGHTED, SOFTCAP, PEEL, NEAR, LANES, WIDTH, MODE,
+        )  # fmt: skip
 
 
 @triton.jit
 def scale_kernel(
     dlogits,  # [N, V]
     upstream,  # [1]
-    inner, out_outer, out_inner, vocabulary,
-    LANES: tl.constexpr, WIDTH: tl.constexpr, MODE: tl.constexpr,
+    kept,  # [N] or unused
+    n_rows, inner, out_outer, out_inner, vocabulary,
+    KEPT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     """dlogits times a scalar on the device; nothing at all when it is 1."""
     scalar = tl.load(upstream).to(tl.float32)
-    if scalar != 1.0:
-        base = dlogits + row_offset(tl.program_id(0), inner, out_outer, out_inner)
+    row = tl.program_id(0)
+    stop = tl.where(scalar != 1.0, n_rows, 0)
+    while row < stop:
+        base = dlogits + row_offset(row, inner, out_outer, out_inner)
         first = 0
+        if KEPT:
+            # Zeros stay zeros where the upstream is inf or NaN.
+            first = tl.where(tl.load(kept + row) != 0, 0, vocabulary)
         while first < vocabulary:
             columns = first + tl.arange(0, LANES * WIDTH)
             inside = columns < vocabulary
             d = tl.load(base + columns, mask=inside).to(tl.float32) * scalar
             tl.store(base + columns, narrowed(d, dlogits, MODE), mask=inside)
             first += LANES * WIDTH
+        row += tl.num_programs(0)
 
 
 @triton.jit
@@ -261,7 +279,7 @@ def fused_kernel(
     FOCUS: tl.constexpr, FAMILY: tl.constexpr, THROUGH: tl.constexpr, IS_WEIGHT: tl.constexpr,
     BANDED: tl.constexpr, Z_LOSS: tl.constexpr, SMOOTHED: tl.constexpr, WEIGHTED: tl.constexpr,
     SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, TIES: tl.constexpr,
-    PEEL: tl.constexpr, TAIL: tl.constexpr, NEAR: tl.constexpr, BACKWARDS: tl.constexpr,
+    PEEL: tl.constexpr, TAIL: tl.constexpr, NEAR: tl.constexpr,
     LANES: tl.constexpr, WIDTH: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -275,12 +293,15 @@ def fused_kernel(
     kept = 0.0
     if label != ignore_index:
         base = logits + at
-        z_target = target_of(base + lead, label, vocabulary, softcap, SOFTCAP)
+        raw_target = target_of(base + lead, label, vocabulary)
+        z_target = softcapped(raw_target, softcap, SOFTCAP)
+        # Before the loop, which hides its latency.
+        factor = tl.load(row_scale + row).to(tl.float32)
         weights = class_weight
         if WEIGHTED:
             weights = class_weight - lead
         peak, offset, s, u, t, zsum = reduce_row(
-            base, start, stop, lead, weights, k, softcap,
+            base, start, stop, weights, k, softcap,
             LANES, WIDTH, SOFTCAP, SMOOTHED, WEIGHTED, ENTROPY, PEEL, TAIL, NEAR, MODE,
         )  # fmt: skip
         ties = 0.0
@@ -292,19 +313,20 @@ def fused_kernel(
             vocabulary, k, temperature, alpha, eps, power, scale, floor, low, high, z_loss, smoothing,
             FOCUS, FAMILY, THROUGH, IS_WEIGHT, BANDED, Z_LOSS, SMOOTHED, WEIGHTED, ENTROPY, MODE,
         )  # fmt: skip
-        factor = tl.load(row_scale + row).to(tl.float32)
         # In place: nobody may overwrite a logit that another thread's reduction has still to read.
         tl.debug_barrier()
+        if SOFTCAP:
+            target *= cap_slope(raw_target, softcap)
         if kept != 0.0:
             write_gradient(
-                base, dlogits + to, start, stop, lead, label + lead, z_target, weights, k, softcap, offset,
+                base, dlogits + to, start, stop, label + lead, weights, k, softcap, offset,
                 peak, a * factor, b * factor, c * factor, peak_grad * factor, target * factor,
                 spread * factor,
                 LANES, WIDTH, SOFTCAP, SMOOTHED, WEIGHTED,
                 THROUGH == BY_COLLISION, THROUGH == BY_ENTROPY, THROUGH == BY_MAX_PROB,
-                NEAR, BACKWARDS, MODE,
+                PEEL, NEAR, MODE,
             )  # fmt: skip
     else:
         store_ignored(rows, loss, row, n_rows)
     if kept == 0.0:
-        write_zeros(dlogits + to, start, stop, lead, LANES, WIDTH)
+        write_zeros(dlogits + to, start, stop, LANES, WIDTH, PEEL)

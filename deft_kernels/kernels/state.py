@@ -17,7 +17,8 @@ logits a load, and lanes meet once a row: no barrier and no shuffle in the loop.
 import triton
 import triton.language as tl
 
-from .device import LOWEST, MASKED_LOGIT, comparable, exp2, finite, fma, softcapped, widened
+from .device import INTERPRETED, LOWEST, MASKED_LOGIT, comparable, exp2, finite, fma, softcapped, widened
+from .edges import edge_column, whole_loads
 
 
 @triton.jit
@@ -83,6 +84,20 @@ def absorb(
 
 
 @triton.jit
+def add_pairs(s, u, other_s, other_u):
+    return s + other_s, u + other_u
+
+
+@triton.jit
+def both_sums(s, u, MODE: tl.constexpr):
+    """Sums of two vectors over the lanes, in one meeting of the warps instead of two."""
+    if MODE == INTERPRETED:
+        return tl.sum(s, 0), tl.sum(u, 0)
+    else:
+        return tl.reduce((s, u), 0, add_pairs)
+
+
+@triton.jit
 def absorb_four(
     z0, z1, z2, z3, peak, offset, s, u, t, k, ENTROPY: tl.constexpr, MODE: tl.constexpr
 ):  # fmt: skip
@@ -106,30 +121,31 @@ def absorb_four(
 
 
 @triton.jit
-def load_tail(row_ptr, columns, stop, EVICT: tl.constexpr):
-    """A tile in the logits' own dtype; columns from `stop` on are -inf."""
-    return tl.load(row_ptr + columns, mask=columns < stop, other=float("-inf"), eviction_policy=EVICT)
+def load_tail(row_ptr, columns, last, EVICT: tl.constexpr):
+    """A tile in the logits' own dtype; columns from `last` on are -inf."""
+    return tl.load(row_ptr + columns, mask=columns < last, other=float("-inf"), eviction_policy=EVICT)
 
 
 @triton.jit
 def reduce_row(
-    row_ptr, start, stop, lead, class_weight, k, softcap,
+    row_ptr, start, stop, class_weight, k, softcap,
     LANES: tl.constexpr, WIDTH: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHED: tl.constexpr,
     WEIGHTED: tl.constexpr, ENTROPY: tl.constexpr, PEEL: tl.constexpr, TAIL: tl.constexpr,
     NEAR: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     """State (peak, offset, s, u, t, zsum) of the columns [start, stop) of a row, as scalars.
 
-    The first tile begins `lead` columns early, at a 16-byte boundary, and is masked; so is the tail. Between
-    them four tiles a turn are in flight, and the lanes' offsets move once a turn.
+    The columns at the edges go first (see `edges`), then four tiles a turn are in flight, and the lanes'
+    offsets move once a turn; what is left after the last full turn is masked.
 
-    TAIL: the columns after the last full turn are loaded at once, as one more turn under a mask, and rows
-    that need no peeling begin with a full turn: fewer loads wait for each other.
-    NEAR: the row will be read again soon, and asks the L2 cache to keep it.
+    TAIL: those last columns are loaded at once, as one more turn, instead of tile by tile: fewer loads wait
+    for each other.
+    NEAR: the row will be read again soon, and the L2 cache is asked to keep it.
     """
     TILE: tl.constexpr = LANES * WIDTH
     EVICT: tl.constexpr = "evict_last" if NEAR else ""
-    tile = (tl.arange(0, LANES) * WIDTH)[:, None] + tl.arange(0, WIDTH)[None, :]
+    lane = tl.arange(0, LANES)
+    tile = (lane * WIDTH)[:, None] + tl.arange(0, WIDTH)[None, :]
     peak = tl.full((LANES,), float("-inf"), tl.float32)
     offset = tl.full((LANES,), LOWEST, tl.float32)
     s = tl.zeros((LANES,), tl.float32)
@@ -137,52 +153,58 @@ def reduce_row(
     t = tl.zeros((LANES,), tl.float32)
     zsum = tl.zeros((LANES,), tl.float32)
 
-    first = tl.multiple_of(start - lead, WIDTH)
-    if PEEL or not TAIL or SOFTCAP or SMOOTHED:
+    begin, last = whole_loads(start, stop, WIDTH, PEEL)
+    if PEEL:
+        edges = edge_column(lane, start, stop, begin, last, WIDTH)[:, None]
         peak, offset, s, u, t, zsum = absorb(
-            row_ptr, first + tile, start, stop, peak, offset, s, u, t, zsum, class_weight, k, softcap,
+            row_ptr, edges, start, stop, peak, offset, s, u, t, zsum, class_weight, k, softcap,
             SOFTCAP, SMOOTHED, WEIGHTED, ENTROPY, MODE,
         )  # fmt: skip
-        first += TILE
 
+    first = tl.multiple_of(begin + 0, WIDTH)
     if not (SOFTCAP or SMOOTHED):
-        while first + 4 * TILE <= stop:
+        while first + 4 * TILE <= last:
             z0 = tl.load(row_ptr + first + tile, eviction_policy=EVICT)
             z1 = tl.load(row_ptr + first + TILE + tile, eviction_policy=EVICT)
             z2 = tl.load(row_ptr + first + 2 * TILE + tile, eviction_policy=EVICT)
             z3 = tl.load(row_ptr + first + 3 * TILE + tile, eviction_policy=EVICT)
             peak, offset, s, u, t = absorb_four(z0, z1, z2, z3, peak, offset, s, u, t, k, ENTROPY, MODE)
             first += 4 * TILE
-
     if TAIL and not (SOFTCAP or SMOOTHED):
-        if first < stop:
-            z0 = load_tail(row_ptr, first + tile, stop, EVICT)
-            z1 = load_tail(row_ptr, first + TILE + tile, stop, EVICT)
-            z2 = load_tail(row_ptr, first + 2 * TILE + tile, stop, EVICT)
-            z3 = load_tail(row_ptr, first + 3 * TILE + tile, stop, EVICT)
+        if first < last:
+            z0 = load_tail(row_ptr, first + tile, last, EVICT)
+            z1 = load_tail(row_ptr, first + TILE + tile, last, EVICT)
+            z2 = load_tail(row_ptr, first + 2 * TILE + tile, last, EVICT)
+            z3 = load_tail(row_ptr, first + 3 * TILE + tile, last, EVICT)
             peak, offset, s, u, t = absorb_four(z0, z1, z2, z3, peak, offset, s, u, t, k, ENTROPY, MODE)
     else:
-        while first < stop:
+        while first < last:
             peak, offset, s, u, t, zsum = absorb(
-                row_ptr, first + tile, start, stop, peak, offset, s, u, t, zsum, class_weight, k, softcap,
+                row_ptr, first + tile, start, last, peak, offset, s, u, t, zsum, class_weight, k, softcap,
                 SOFTCAP, SMOOTHED, WEIGHTED, ENTROPY, MODE,
             )  # fmt: skip
             first += TILE
 
-    # Lanes into one, and the lane that holds the row's largest logit summed again without it.
-    lane = tl.arange(0, LANES)
-    joint = tl.max(offset, 0)
-    s, u, t = rescale(offset, s, u, t, joint, ENTROPY, MODE)
+    # Lanes into one, and the lane that holds the row's largest logit summed again without it: without one of
+    # them, should several be equally large, which is the first.
     highest, winner = tl.max(peak, 0, return_indices=True)
+    # The largest of the lanes' offsets: a product with k > 0 keeps the order of the peaks.
+    joint = offset_of(highest, k)
+    s, u, t = rescale(offset, s, u, t, joint, ENTROPY, MODE)
     taken = stop + 0
+    at_edge = stop + 0
+    z_edge = highest
+    if PEEL:
+        at_edge = edge_column(winner, start, stop, begin, last, WIDTH)
+        z_edge = load_masked(row_ptr, at_edge, start, stop, softcap, SOFTCAP)
+        taken = tl.where((z_edge == highest) & (at_edge < begin), at_edge, stop)
     s0 = tl.zeros((LANES,), tl.float32)
     u0 = tl.zeros((LANES,), tl.float32)
     t0 = tl.zeros((LANES,), tl.float32)
-    first = tl.multiple_of(start - lead, WIDTH)
-    while first < stop:
+    first = tl.multiple_of(begin + 0, WIDTH)
+    while first < last:
         columns = first + (lane * TILE)[:, None] + winner * WIDTH + tl.arange(0, WIDTH)[None, :]
-        z = load_masked(row_ptr, columns, start, stop, softcap, SOFTCAP)
-        # One of them, should several be equally large.
+        z = load_masked(row_ptr, columns, start, last, softcap, SOFTCAP)
         taken = tl.minimum(taken, tl.min(tl.min(tl.where(z == highest, columns, stop), 1), 0))
         z = tl.where(columns == taken, float("-inf"), z)
         if ENTROPY:
@@ -193,10 +215,28 @@ def reduce_row(
         if ENTROPY:
             t0 += tl.sum(e * x, 1)
         first += LANES * TILE
-    s = tl.sum(tl.where(lane == winner, 0.0, s) + s0, 0)
-    u = tl.sum(tl.where(lane == winner, 0.0, u) + u0, 0)
-    t = tl.sum(tl.where(lane == winner, 0.0, t) + t0, 0)
-    return highest, joint, s, u, t, tl.sum(zsum, 0)
+    if PEEL:
+        taken = tl.where(z_edge == highest, tl.minimum(taken, at_edge), taken)
+        z_edge = tl.where(at_edge == taken, float("-inf"), z_edge)
+        if ENTROPY:
+            z_edge = finite(z_edge, MASKED_LOGIT)
+        e, x = tile_sums(z_edge, joint, k, ENTROPY, MODE)
+        s0 += tl.where(lane == 0, e, 0.0)
+        u0 += tl.where(lane == 0, e * e, 0.0)
+        if ENTROPY:
+            t0 += tl.where(lane == 0, e * x, 0.0)
+    s = tl.where(lane == winner, 0.0, s) + s0
+    u = tl.where(lane == winner, 0.0, u) + u0
+    if ENTROPY:
+        t = tl.sum(tl.where(lane == winner, 0.0, t) + t0, 0)
+    else:
+        t = 0.0
+    if SMOOTHED:
+        zsum = tl.sum(zsum, 0)
+    else:
+        zsum = 0.0
+    s, u = both_sums(s, u, MODE)
+    return highest, joint, s, u, t, zsum
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from deft_kernels.backends import interpreted
 
 @contextmanager
 def small(backend: str, rows: int, vocabulary: int, seed: int) -> Iterator[None]:
-    """rows: of a block on the PyTorch backend; on the kernels programs a row, and tiles of 8 to 256 columns."""
+    """rows: of a block on the PyTorch backend; on the kernels programs a row, with tiles of 8 columns on."""
     with pytest.MonkeyPatch.context() as patch:
         if backend == "torch":
             patch.setattr(block, "BLOCK_ELEMENTS", 2 * rows * vocabulary)
