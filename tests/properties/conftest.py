@@ -9,7 +9,7 @@ ALWAYS = 100
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    help = "of each property on the PyTorch backend, newly drawn; a twelfth as many on the kernels"
+    help = "of each property on the PyTorch backend, newly drawn; one in 25 as many on the kernels"
     parser.addoption("--examples", type=int, default=None, help=help)
 
 

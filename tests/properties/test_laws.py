@@ -22,7 +22,7 @@ from torch import Tensor
 from deft_kernels import deft_loss, objectives
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*inplace=True with:RuntimeWarning")
-FEWER = settings(max_examples=max(1, settings().max_examples // 12))
+FEWER = settings(max_examples=max(1, settings().max_examples // 25))
 
 
 class Results(NamedTuple):

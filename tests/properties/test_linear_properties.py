@@ -20,7 +20,7 @@ from torch import Tensor
 
 from deft_kernels import fused_linear_deft_loss
 
-FEWER = settings(max_examples=max(1, settings().max_examples // 12))
+FEWER = settings(max_examples=max(1, settings().max_examples // 25))
 
 
 @dataclass(frozen=True)

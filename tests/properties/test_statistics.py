@@ -18,7 +18,7 @@ from torch import Tensor
 from deft_kernels import RowStatistics, deft_loss, gated_loss, reference, row_statistics
 from deft_kernels.objectives import Objective
 
-FEWER = settings(max_examples=max(1, settings().max_examples // 12))
+FEWER = settings(max_examples=max(1, settings().max_examples // 25))
 NAMES = ("logp", "lse", "collision", "entropy", "max_prob")
 # The rows that no option makes NaN or infinite, and whose largest logits do not all but tie.
 KINDS = ("plain", "uniform", "confident", "conflict", "shifted", "lowered", "masked", "peaked")
