@@ -13,7 +13,7 @@ from deft_kernels.backends import interpreted
 
 @contextmanager
 def small(backend: str, rows: int, vocabulary: int, seed: int) -> Iterator[None]:
-    """rows: of a block on the PyTorch backend; on the kernels programs a row, with tiles of 32 columns on."""
+    """rows: of a block on the PyTorch backend; on the kernels programs a row, with tiles of 64 columns on."""
     with pytest.MonkeyPatch.context() as patch:
         if backend == "torch":
             patch.setattr(block, "BLOCK_ELEMENTS", 2 * rows * vocabulary)
@@ -22,8 +22,8 @@ def small(backend: str, rows: int, vocabulary: int, seed: int) -> Iterator[None]
             from deft_kernels.kernels import launch, table
 
             def plan(_: int, itemsize: int, *rest: int) -> table.Launch:
-                # A warp of fewer threads is the interpreter's alone; the kernels want eight at least.
-                warp = 2 ** (3 + seed // 2 % 3) if interpreted() else rest[-1]
+                # A warp of fewer threads is the interpreter's alone; the kernels want sixteen at least.
+                warp = 16 + 16 * (seed // 2 % 2) if interpreted() else rest[-1]
                 flags = {"tail": seed % 3 > 0, "near": seed % 5 > 2}
                 return table.Launch(1 + seed % 2, 16 // itemsize, warp, **flags)
 

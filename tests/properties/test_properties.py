@@ -14,10 +14,10 @@ import torch
 from backends_in_small import small
 from bounds import STATISTICS, excess, gradient_excess, near_a_band, truth
 from cases import Case, Tensors, keywords, tensors
-from hypothesis import assume, event, given, settings
+from hypothesis import assume, event, example, given, settings
 from strategies import DTYPES, cases
 
-from deft_kernels import deft_loss
+from deft_kernels import deft_loss, objectives
 
 # That fp16 logits overwritten in the forward lose small entries under a loss scale is said once; see `check`.
 pytestmark = pytest.mark.filterwarnings("ignore:.*inplace=True with:RuntimeWarning")
@@ -69,6 +69,14 @@ def untouched(case: Case, made: Tensors, before: torch.Tensor, storage: torch.Te
     assert torch.equal(made.storage[made.outside], storage[made.outside])
 
 
+# The soft cap in half precision was divided in the logits' dtype.
+@example(Case(shape=(), vocabulary=2, dtype=torch.bfloat16, softcap=0.5595, objective=objectives.nll()))
+@example(Case(shape=(4,), vocabulary=9, dtype=torch.float16, softcap=20.0, kinds=("peaked",)))
+# Bounds that were too narrow: cancellation through the entropy, p below fp32, the oracle's own rounding.
+@example(Case((3, 3), 8, kinds=("wild",), seed=5252, objective=objectives.eaft(top_k=1.5, detach=False)))
+@example(Case((2, 3), 8, kinds=("wild",), seed=1154, objective=objectives.dft(detach=False)))
+@example(Case((3, 4), 5, kinds=("wild",), seed=5252, objective=objectives.eaft(top_k=1.5)))
+@example(Case((), 3, kinds=("impossible",), objective=objectives.eaft(top_k=1.5, detach=False)))
 @given(cases())
 def test_the_pytorch_backend(case: Case) -> None:
     check(case, "torch")
