@@ -1,0 +1,34 @@
+"""Both backends in small: few rows a block, few columns a tile, so that small cases have many of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from deft_kernels import block
+from deft_kernels.backends import interpreted
+
+
+@contextmanager
+def small(backend: str, rows: int, vocabulary: int, seed: int) -> Iterator[None]:
+    """rows: of a block on the PyTorch backend; on the kernels programs a row, with tiles of 64 columns on."""
+    with pytest.MonkeyPatch.context() as patch:
+        if backend == "torch":
+            patch.setattr(block, "BLOCK_ELEMENTS", 2 * rows * vocabulary)
+            patch.setattr(block, "STRETCH", 5 + seed % 60)
+        else:
+            from deft_kernels.kernels import launch, table
+
+            def plan(_: int, itemsize: int, *rest: int) -> table.Launch:
+                # A warp of fewer threads is the interpreter's alone; the kernels want sixteen at least.
+                warp = 16 + 16 * (seed // 2 % 2) if interpreted() else rest[-1]
+                flags = {"tail": seed % 3 > 0, "near": seed % 5 > 2}
+                return table.Launch(1 + seed % 2, 16 // itemsize, warp, **flags)
+
+            for name in ("statistics", "gradient", "fused"):
+                patch.setattr(table, name, plan)
+            patch.setattr(table, "splits", lambda *_: rows)
+            patch.setattr(launch, "SLICE_TURNS", 1 + seed % 3)
+        yield
