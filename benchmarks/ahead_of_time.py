@@ -151,8 +151,7 @@ def source(variant: Variant) -> tuple[ASTSource, dict[str, Any]]:
         else:
             signature[name] = "fp32"
     compiled = ASTSource(kernel, signature=signature, constexprs=constexprs, attrs=attributes)
-    transformed = spec.softcap > 0 or spec.label_smoothing > 0
-    chosen = call.options(constants["MODE"], transformed)
+    chosen = call.options(constants["MODE"], call.wide(spec))
     return compiled, {"num_warps": 1 if variant.kernel in ("combine", "finish") else plan.num_warps, **chosen}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from .objectives import Objective
 from .parallel import Shard
+from .statistics import Field
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,16 @@ class Spec:
     shard: Shard | None = None
 
     def encode(self) -> tuple[str, list[float]]:
-        """(code, numbers) for an operator call; torch.compile folds both to constants."""
+        """(code, numbers) for an operator call; torch.compile folds both to constants.
+
+        The code begins with the number of fields of a row: torch.compile keeps generated code on disk, and finds
+        it again by the graph alone, whatever shape an operator had when it was generated.
+        """
         o = self.objective
         flags = f"{int(o.detach)}{int(self.statistics)}{int(self.inplace)}"
         start, size, ranks, group, known = self.shard or (0, 0, 0, "", 0)
         place = f"{start}:{size}:{ranks}:{known}:{group}"
-        code = f"{o.family}:{o.focus}:{flags}:{self.backend}:{place}:{o.batch_group}"
+        code = f"{len(Field)}:{o.family}:{o.focus}:{flags}:{self.backend}:{place}:{o.batch_group}"
         mean_prob = -1.0 if o.mean_prob is None else o.mean_prob
         numbers = [o.alpha, o.eps, o.power, o.top_k, o.low, o.high, mean_prob]
         return code, [*numbers, self.softcap, self.temperature, self.z_loss, self.label_smoothing]
@@ -79,7 +84,7 @@ def decode(code: str, numbers: list[float]) -> Spec:
 
 @lru_cache(maxsize=256)
 def _decode(code: str, numbers: tuple[float, ...]) -> Spec:
-    family, focus, flags, backend, *place, group, batch_group = code.split(":")
+    _, family, focus, flags, backend, *place, group, batch_group = code.split(":")
     detach, statistics, inplace = (flag == "1" for flag in flags)
     alpha, eps, power, top_k, low, high, mean_prob, softcap, temperature, z_loss, smoothing = numbers
     given = None if mean_prob < 0 else mean_prob

@@ -296,6 +296,8 @@ def communication() -> None:
             assert [bytes for _, bytes in sent] == [4 * (N + 1) * size], sent
             assert "all_gather" in sent[0][0] or "allgather" in sent[0][0]
             assert messages(lambda: kept[0].backward()) == []  # noqa: B023
+    sent = messages(lambda: deft_loss(logits, labels, group=shard(), return_stats=True))
+    assert [bytes for _, bytes in sent] == [4 * (N + 1) * 6]
     batch = objectives.cayley(batch_group=world)
     sent = messages(lambda: deft_loss(logits, labels, objective=batch, group=shard()))
     assert sorted(bytes for _, bytes in sent) == [8, 4 * (N + 1) * 5]

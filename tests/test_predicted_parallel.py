@@ -5,7 +5,6 @@ Every rank knows the whole logits, and passes its columns.
 
 from __future__ import annotations
 
-import os
 from functools import cache
 
 import pytest
@@ -93,24 +92,11 @@ def logits_that_are_dtensors() -> None:
             assert torch.equal(stats.predicted.full_tensor(), expected)
 
 
-def statistics_on_one_rank_only() -> None:
-    """States of different sizes: validation says so before they are sent."""
-    z, y, _ = rows()
-    os.environ["DEFT_KERNELS_VALIDATE"] = "1"
-    try:
-        with pytest.raises(ValueError, match="the ranks differ in return_stats"):
-            deft_loss(mine(z), y, group=dist.group.WORLD, return_stats=dist.get_rank() == 0)
-        deft_loss(mine(z), y, group=dist.group.WORLD, return_stats=True)
-    finally:
-        del os.environ["DEFT_KERNELS_VALIDATE"]
-
-
 CASES = (
     logits_in_a_group,
     with_other_numbers_in_a_state,
     a_split_head,
     logits_that_are_dtensors,
-    statistics_on_one_rank_only,
 )
 
 

@@ -26,16 +26,22 @@ def mode() -> int:
     return GENERIC.value if torch.version.hip is not None else PTX.value
 
 
-def options(mode: int, transformed: bool) -> dict[str, Any]:
+def options(mode: int, wide: bool) -> dict[str, Any]:
     """Compiler options. Contraction of products and sums is said aloud: Triton 3.10 changes its default.
 
-    transformed: soft-capped or smoothed logits, whose longer loops ptxas otherwise squeezes into 40 to 48
-    registers with 8 to 32 bytes spilled (sm_80, sm_90; ahead of time, Triton 3.9); with 128 it spills none.
+    wide: let ptxas take 128 registers. Left alone it squeezes the longer loops of soft-capped or smoothed logits
+    into 40 to 48 with 8 to 32 bytes spilled (sm_80, sm_90; ahead of time, Triton 3.9), and with the predicted
+    class behind the loop computes 5 to 8 of its 32 exponentials twice rather than hold them (sm_90, sm_100).
     """
     chosen: dict[str, Any] = {"enable_fp_fusion": True}
-    if transformed and mode == PTX.value:
+    if wide and mode == PTX.value:
         chosen["maxnreg"] = 128
     return chosen
+
+
+def wide(spec: Spec) -> bool:
+    """Whether the statistics kernels need the `options` for many registers."""
+    return spec.softcap > 0 or spec.label_smoothing > 0 or spec.statistics
 
 
 def lean(spec: Spec) -> bool:
@@ -169,7 +175,7 @@ class Call:
         self.weighted = class_weight is not None
         self.class_weight = logits if class_weight is None else class_weight
         self.softcap = spec.softcap > 0
-        self.options = options(self.mode, self.softcap or spec.label_smoothing > 0)
+        self.options = options(self.mode, wide(spec))
         self.inner, *strides = strides_of(logits)
         self.strides = (strides[0], strides[1])
 
