@@ -33,8 +33,8 @@ class Spec:
     def encode(self) -> tuple[str, list[float]]:
         """(code, numbers) for an operator call; torch.compile folds both to constants.
 
-        The code begins with the number of fields of a row: torch.compile keeps generated code on disk, and finds
-        it again by the graph alone, whatever shape an operator had when it was generated.
+        The code begins with the number of fields of a row: torch.compile keeps generated code on disk, and
+        finds it again by the graph alone, whatever shape an operator had when it was generated.
         """
         o = self.objective
         flags = f"{int(o.detach)}{int(self.statistics)}{int(self.inplace)}"
