@@ -30,8 +30,9 @@ def options(mode: int, wide: bool) -> dict[str, Any]:
     """Compiler options. Contraction of products and sums is said aloud: Triton 3.10 changes its default.
 
     wide: let ptxas take 128 registers. Left alone it squeezes the longer loops of soft-capped or smoothed
-    logits into 40 to 48 with 8 to 32 bytes spilled (sm_80, sm_90; ahead of time, Triton 3.9), and with the predicted
-    class behind the loop computes 5 to 8 of its 32 exponentials twice rather than hold them (sm_90, sm_100).
+    logits into 40 to 48 with 8 to 32 bytes spilled (sm_80, sm_90; ahead of time, Triton 3.9). With the search
+    for the predicted class behind the loop it makes 5 to 8 of a turn's 32 exponentials twice rather than hold
+    them (sm_90, sm_100).
     """
     chosen: dict[str, Any] = {"enable_fp_fusion": True}
     if wide and mode == PTX.value:
