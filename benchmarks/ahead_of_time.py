@@ -151,7 +151,7 @@ def source(variant: Variant) -> tuple[ASTSource, dict[str, Any]]:
         else:
             signature[name] = "fp32"
     compiled = ASTSource(kernel, signature=signature, constexprs=constexprs, attrs=attributes)
-    chosen = call.options(constants["MODE"], call.wide(spec))
+    chosen = call.options(constants["MODE"], call.wide(spec, reduces=variant.kernel.startswith("statistics")))
     return compiled, {"num_warps": 1 if variant.kernel in ("combine", "finish") else plan.num_warps, **chosen}
 
 

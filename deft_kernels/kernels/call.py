@@ -29,10 +29,7 @@ def mode() -> int:
 def options(mode: int, wide: bool) -> dict[str, Any]:
     """Compiler options. Contraction of products and sums is said aloud: Triton 3.10 changes its default.
 
-    wide: let ptxas take 128 registers. Left alone it squeezes the longer loops of soft-capped or smoothed
-    logits into 40 to 48 with 8 to 32 bytes spilled (sm_80, sm_90; ahead of time, Triton 3.9). With the search
-    for the predicted class behind the loop it makes 5 to 8 of a turn's 32 exponentials twice rather than hold
-    them (sm_90, sm_100).
+    wide: let ptxas take 128 registers, see the function.
     """
     chosen: dict[str, Any] = {"enable_fp_fusion": True}
     if wide and mode == PTX.value:
@@ -40,9 +37,15 @@ def options(mode: int, wide: bool) -> dict[str, Any]:
     return chosen
 
 
-def wide(spec: Spec) -> bool:
-    """Whether the statistics kernels need the `options` for many registers."""
-    return spec.softcap > 0 or spec.label_smoothing > 0 or spec.statistics
+def wide(spec: Spec, *, reduces: bool = False) -> bool:
+    """Whether a kernel has to be offered more registers than ptxas takes by itself.
+
+    It squeezes the longer loops of soft-capped or smoothed logits into 40 to 48, with 8 to 32 bytes spilled
+    (sm_80, sm_90). With the search for the predicted class behind the loop of `statistics_kernel` (`reduces`)
+    it makes 5 to 8 of a turn's 32 exponentials twice rather than hold them, 4 % more instructions (sm_90,
+    sm_100). With 128 it does neither. Ahead of time, Triton 3.9: benchmarks/sass_report.py --options stats.
+    """
+    return spec.softcap > 0 or spec.label_smoothing > 0 or (reduces and spec.statistics)
 
 
 def lean(spec: Spec) -> bool:

@@ -29,6 +29,7 @@ from .call import (
     processors,
     strides_of,
     warp,
+    wide,
 )
 from .row_kernels import (
     combine_kernel,
@@ -133,7 +134,8 @@ def _reduce(
         floor=0.5 * (spec.objective.mean_prob or 0.0), **call.scalars, **call.constants,
         WEIGHTED=call.weighted, SOFTCAP=call.softcap, TIES=spec.peaks, STORED=stored,
         PEEL=peel(plan.width, (call.logits,), (call.strides,)), TAIL=plan.tail,
-        LANES=plan.lanes, WIDTH=plan.width, MODE=call.mode, num_warps=plan.num_warps, **call.options,
+        LANES=plan.lanes, WIDTH=plan.width, MODE=call.mode, num_warps=plan.num_warps,
+        **options(call.mode, wide(spec, reduces=True)),
     )  # fmt: skip
     return states
 
