@@ -14,7 +14,7 @@ import torch
 from backends_in_small import small
 from bounds import STATISTICS, excess, gradient_excess, near_a_band, truth
 from cases import Case, Tensors, keywords, tensors
-from hypothesis import event, example, given, settings
+from hypothesis import assume, event, example, given, settings
 from strategies import DTYPES, cases
 
 from deft_kernels import deft_loss, objectives
