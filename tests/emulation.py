@@ -52,8 +52,13 @@ def start() -> None:
     )
     _emulator = Emulator(int(arch), settings)
     _emulator.install()
-    # The emulator is a device for which the package has no name.
-    backends._device_obstacle = lambda kind, index: None
+    obstacle = backends._device_obstacle
+
+    def emulated(kind: str, index: int | None) -> str | None:
+        """The emulator is a device for which the package has no name; a test that says 0 means without it."""
+        return None if "TRITON_INTERPRET" not in os.environ else obstacle(kind, index)
+
+    backends._device_obstacle = emulated
 
 
 def emulator() -> Emulator | None:

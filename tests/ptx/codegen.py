@@ -137,19 +137,27 @@ class BlockCode:
 
     def source(self) -> str:
         for i in self.block.instructions:
-            if i.opcode.startswith(("ld.", "st.")):
-                self.memory(i)
-            elif i.opcode.startswith(("ldmatrix.", "stmatrix.")):
-                self.matrix(i)
-            elif not (self.block.kind == "barrier" and i is self.block.instructions[-1]):
-                function, m = find(i)
-                function(self, i, m)
+            if self.block.kind == "barrier" and i is self.block.instructions[-1]:
+                break
+            try:
+                self.instruction(i)
+            except Unsupported as e:
+                raise Unsupported(f"{i.line}: {i.text} ({e})") from None
         result = "None"
         if self.block.kind == "branch":
             predicate, negated = self.block.condition
             result = f"{'~' if negated else ''}{self.use(predicate, 'P')}"
         body = "\n    ".join([*self.out, f"return {result}"])
         return f"def b{self.block.index}(S, R, m, sel, full):\n    {body}\n"
+
+    def instruction(self, i: Instruction) -> None:
+        if i.opcode.startswith(("ld.", "st.")):
+            self.memory(i)
+        elif i.opcode.startswith(("ldmatrix.", "stmatrix.")):
+            self.matrix(i)
+        else:
+            function, m = find(i)
+            function(self, i, m)
 
     def fresh(self, expression: str) -> str:
         self.count += 1
@@ -219,7 +227,7 @@ class BlockCode:
         if register == "_":
             return
         if not REGISTER.fullmatch(register):
-            raise Unsupported(f"{i.line}: {i.text} (destination {register})")
+            raise Unsupported(f"destination {register}")
         storage = self.kernel.storage(register)
         if flush:
             value = f"ftz({value})"
@@ -228,7 +236,7 @@ class BlockCode:
         name = self.fresh(value)
         if kind != "P" and SIZE[kind] != SIZE[storage]:
             if SIZE[kind] > SIZE[storage]:
-                raise Unsupported(f"{i.line}: {i.text} (wider than its register)")
+                raise Unsupported("wider than its register")
             kind = f"{kind[0] if kind[0] in 'IU' else 'U'}{SIZE[storage]}"
             name = self.fresh(f"{name}.astype({kind})")
         self.variables[register] = {kind: name}
@@ -242,7 +250,7 @@ class BlockCode:
     def address(self, i: Instruction, operand: str, kind: str) -> str:
         m = re.fullmatch(r"\[\s*(%?[\w$]+)\s*(?:\+\s*(-?\d+))?\s*\]", operand)
         if m is None:
-            raise Unsupported(f"{i.line}: {i.text} (address)")
+            raise Unsupported("address")
         offset = int(m[2] or 0) & ((1 << 8 * SIZE[kind]) - 1)
         base = self.use(m[1], kind)
         return f"{base} + {self.kernel.constant(f'{kind}({offset})')}" if offset else base
@@ -251,7 +259,7 @@ class BlockCode:
         if m := re.fullmatch(r"ld\.param\.([bus](?:8|16|32|64)|f32)", i.opcode):
             names = [p.name for p in self.kernel.parameters]
             if i.operands[1][1:-1] not in names:
-                raise Unsupported(f"{i.line}: {i.text}")
+                raise Unsupported("unknown parameter")
             self.define(
                 i, f"S.parameters[{names.index(i.operands[1][1:-1])}].view({TYPES[m[1]]})", TYPES[m[1]]
             )
@@ -262,12 +270,12 @@ class BlockCode:
             i.opcode,
         )
         if m is None or len(i.operands) != 2:
-            raise Unsupported(f"{i.line}: {i.text} (unknown memory access)")
+            raise Unsupported("unknown memory access")
         store, space, vector, kind = m[1] == "st", m[2], int(m[3] or 1), TYPES[m[4]]
         raw, target = f"U{SIZE[kind]}", i.operands[0] if m[1] == "st" else i.operands[1]
         registers = parts(i.operands[1] if store else i.operands[0])
         if len(registers) != vector:
-            raise Unsupported(f"{i.line}: {i.text} (elements)")
+            raise Unsupported("elements")
         at = self.address(i, target, "U8" if space == "global" else "U4")
         arguments = f"{space!r}, {at}, {self.guard(i)}, m, sel, {SIZE[kind]}"
         if store:
@@ -284,12 +292,12 @@ class BlockCode:
             r"(ld|st)matrix\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared(?:::cta)?\.b16", i.opcode
         )
         if m is None or i.guard:
-            raise Unsupported(f"{i.line}: {i.text} (unknown matrix access)")
+            raise Unsupported("unknown matrix access")
         store = m[1] == "st"
         registers = parts(i.operands[1] if store else i.operands[0])
         at = self.address(i, i.operands[0] if store else i.operands[1], "U4")
         if len(registers) != int(m[2]):
-            raise Unsupported(f"{i.line}: {i.text} (elements)")
+            raise Unsupported("elements")
         if store:
             values = ", ".join(self.use(r, "U4") for r in registers)
             self.out.append(f"S.store_matrix({at}, ({values},), {bool(m[3])}, m, sel, {i.number})")

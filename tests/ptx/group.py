@@ -70,8 +70,9 @@ class Group:
                 raise self._fault(f"shared {verb} out of bounds", number, address=int(at.max()), bytes=size)
             cta = self.own_cta if threads is None else self.own_cta[threads]
             return cta * self.shared.size + at.astype(I8)
-        sources = self.kernel.pointers[number]
-        if len(sources) != 1 or next(iter(sources)) not in self.launch.memory.elements:
+        # Integers of 64 bits, strides for example, look like pointers until the launch says what they are.
+        sources = [n for n in self.kernel.pointers[number] if n in self.launch.memory.elements]
+        if len(sources) != 1:
             made = sorted(sources) or "no tensor"
             raise Unsupported(
                 f"{self.launch.place(number)}: an address made from {made}, not from one tensor"

@@ -54,7 +54,8 @@ class Launch:
 
     def __init__(
         self, kernel: Kernel, grid: tuple[int, int, int], shared: int, parameters: list[Any],
-        tensors: Mapping[int, TensorLike], reports: Reports, settings: Settings, traffic: Traffic | None = None,
+        tensors: Mapping[int, TensorLike], reports: Reports, settings: Settings,
+        traffic: Traffic | None = None,
     ):  # fmt: skip
         self.kernel, self.grid, self.shared, self.parameters = kernel, grid, shared, parameters
         self.reports, self.traffic, self.check, self.order = reports, traffic, settings.check, settings.order

@@ -37,14 +37,14 @@ def form(pattern: str, *operands: int) -> Callable[[Form], Form]:
 
 def find(i: Instruction) -> tuple[Form, re.Match[str]]:
     if i.guard and ".sync" in i.opcode:
-        raise Unsupported(f"{i.line}: {i.text} (guarded, between threads)")
+        raise Unsupported("guarded, between threads")
     for pattern, counts, function in FORMS:
         m = pattern.fullmatch(i.opcode)
         if m:
             if len(i.operands) not in counts:
-                raise Unsupported(f"{i.line}: {i.text} ({len(i.operands)} operands; known with {counts})")
+                raise Unsupported(f"{len(i.operands)} operands; known with {counts}")
             return function, m
-    raise Unsupported(f"{i.line}: {i.text} (unknown instruction)")
+    raise Unsupported("unknown instruction")
 
 
 SIGNS = {"add": "+", "sub": "-", "mul": "*", "and": "&", "or": "|", "xor": "^"}
@@ -151,7 +151,7 @@ def integer_sum(c: BlockCode, i: Instruction, m: re.Match[str]) -> None:
 @form(r"(mul|mad)\.(hi)\.([us]32)", 3, 4)
 def integer_product(c: BlockCode, i: Instruction, m: re.Match[str]) -> None:
     if len(i.operands) != {"mul": 3, "mad": 4}[m[1]]:
-        raise Unsupported(f"{i.line}: {i.text} (number of operands)")
+        raise Unsupported("number of operands")
     kind = TYPES[m[m.lastindex or 0]]
     a, b = (c.use(x, kind) for x in i.operands[1:3])
     if ".wide." in i.opcode:
@@ -190,7 +190,7 @@ def shift(c: BlockCode, i: Instruction, m: re.Match[str]) -> None:
 @form(r"bfe\.([us](?:32|64))", 4)
 def bit_field(c: BlockCode, i: Instruction, m: re.Match[str]) -> None:
     if not (i.operands[2].isdigit() and i.operands[3].isdigit()):
-        raise Unsupported(f"{i.line}: {i.text} (position and length that are not constants)")
+        raise Unsupported("position and length that are not constants")
     value = c.use(i.operands[1], TYPES[m[1]])
     c.define(i, f"bit_field({value}, {i.operands[2]}, {i.operands[3]})", TYPES[m[1]])
 
@@ -208,7 +208,7 @@ def float_comparison(c: BlockCode, i: Instruction, m: re.Match[str]) -> None:
     if m[3] == "f32":
         a, b = c.floats(i, m[2])
     elif m[2]:
-        raise Unsupported(f"{i.line}: {i.text} (.ftz of 16-bit numbers)")
+        raise Unsupported(".ftz of 16-bit numbers")
     else:
         a, b = (f"from_{m[3]}({x})" for x in c.uses(i, "U2"))
     c.define(i, f"compare({m[1]!r}, {a}, {b}, True)", "P")
@@ -239,7 +239,7 @@ def move(c: BlockCode, i: Instruction, m: re.Match[str]) -> None:
     each = {"b32": "U2", "b64": "U4"}.get(m[1])
     both = parts(to if to.startswith("{") else source)
     if each is None or len(both) != 2:
-        raise Unsupported(f"{i.line}: {i.text} (packing)")
+        raise Unsupported("packing")
     bits = 8 * SIZE[each]
     if to.startswith("{"):
         whole = c.use(source, kind)
@@ -284,9 +284,7 @@ EVERY_LANE = ("-1", "0xffffffff", "4294967295")
 @form(r"shfl\.sync\.(up|down|bfly|idx)\.b32", 5)
 def shuffle(c: BlockCode, i: Instruction, m: re.Match[str]) -> None:
     if "|" in i.operands[0] or i.operands[4] not in EVERY_LANE or not i.operands[3].isdigit():
-        raise Unsupported(
-            f"{i.line}: {i.text} (a predicate, a part of the warp, or a clamp that is no constant)"
-        )
+        raise Unsupported("a predicate, a part of the warp, or a clamp that is no constant")
     value, lane = c.use(i.operands[1], "U4"), c.use(i.operands[2], "U4")
     c.define(i, f"S.shuffle({m[1]!r}, {value}, {lane}, {i.operands[3]}, m, {i.number})", "U4")
 
@@ -304,5 +302,5 @@ def reduce_warp(c: BlockCode, i: Instruction, m: re.Match[str]) -> None:
 @form(r"bar\.warp\.sync", 1)
 def warp_barrier(c: BlockCode, i: Instruction, m: re.Match[str]) -> None:
     if i.operands[0] not in EVERY_LANE or i.guard:
-        raise Unsupported(f"{i.line}: {i.text} (a part of the warp)")
+        raise Unsupported("a part of the warp")
     c.out.append(f"S.warp_barrier(m, {i.number})")

@@ -133,7 +133,9 @@ class _Body:
                 self.line = token.split()[1]
             elif token.startswith(".reg"):
                 self._declare(token, scopes)
-            elif not token.startswith("."):
+            elif token.startswith("."):
+                raise Unsupported(f"{self.line}: {token} (unknown directive)")
+            else:
                 self._statement(self._renamed(token, scopes))
         for block in self.blocks:
             block.following = block.index + 1
