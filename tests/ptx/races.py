@@ -30,6 +30,8 @@ class Shadow:
         self.threads = threads
         self.writer, self.write_phase, self.write_at = (np.zeros(granules, I4) for _ in range(3))
         self.reader, self.read_phase, self.read_at = (np.zeros(granules, I4) for _ in range(3))
+        # Another reader that nothing orders with the last one.
+        self.other_reader, self.other_at = np.zeros(granules, I4), np.zeros(granules, I4)
         self.warp_readers = np.zeros(granules, I4)  # phase in which several threads of one warp read it
         self.cta_readers = np.zeros(granules, I4)  # CTA barriers before several warps of a CTA read it
         self.grid_readers = np.zeros(granules, U1)  # whether several CTAs read it
@@ -62,6 +64,8 @@ class Shadow:
         bad, far = self._unordered(reader, self.read_phase[at], me, now)
         if not bad.any():
             return
+        self.other_reader[at[bad]] = reader[bad]
+        self.other_at[at[bad]] = self.read_at[at[bad]]
         self.grid_readers[at[bad & far]] = 1
         near, same_warp = bad & ~far, (reader - 1) >> 5 == (me - 1) >> 5
         self.warp_readers[at[near & same_warp]] = now[near & same_warp]
@@ -78,15 +82,15 @@ class Shadow:
                 found(f"write-write{same}", bad, far, self.write_at[at], writer)
         reader = self.reader[at]
         if reader.any():
-            bad, far = self._unordered(reader, self.read_phase[at], me, now)
-            several = self.grid_readers[at] != 0
-            far = far | several
-            interval = self.cta_readers[at]
-            bad = bad | several | (self.warp_readers[at] == now)
+            last, far = self._unordered(reader, self.read_phase[at], me, now)
+            interval, grid = self.cta_readers[at], self.grid_readers[at] != 0
+            bad = last | grid | (self.warp_readers[at] == now)
             bad = bad | ((interval == now >> WARP_PHASES) & (interval != 0))
             if bad.any():
                 same = "" if (bad & changed).any() else ", same value"
-                found(f"read-write{same}", bad, far, self.read_at[at], reader)
+                line = np.where(last, self.read_at[at], self.other_at[at])
+                who = np.where(last, reader, self.other_reader[at])
+                found(f"read-write{same}", bad, np.where(last, far, grid), line, who)
         self.writer[at] = me
         self.write_phase[at] = now
         self.write_at[at] = number
