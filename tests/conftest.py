@@ -29,8 +29,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--ptx-seed", type=int, default=0, help="of the order and the noise")
     group.addoption("--ptx-noise", choices=("exact", "hash", "up", "down"), default="exact",
                     help="errors of ex2, lg2 and div, within what the PTX manual states")  # fmt: skip
-    group.addoption("--ptx-coverage", type=float, nargs=2, metavar=("LINES", "BLOCKS"),
-                    help="fail below these percentages of the kernels' lines and blocks")  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -55,12 +53,11 @@ def _reports() -> Iterator[None]:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of xdist hands over what its kernels ran; the session that has all of it holds the floor."""
     emulator = emulation.emulator()
     if emulator is None:
         return
-    from ptx.coverage import Coverage
-
-    own = Coverage.of(emulator.kernels.values())
+    own = emulation.coverage_of(emulator)
     output = getattr(session.config, "workeroutput", None)
     if output is not None:
         output["ptx"] = own.specialisations
@@ -68,35 +65,28 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     whole = session.config.stash.setdefault(COVERAGE, {})
     own.merge(whole)
     whole.update(own.specialisations)
+    config = session.config
+    everything = config.args_source == pytest.Config.ArgsSource.TESTPATHS
+    whole_suite = everything and not config.option.keyword and not config.option.markexpr
+    if whole_suite and session.exitstatus == 0 and emulation.missing(own):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any, error: object) -> None:
     """A worker of xdist is done."""
-    from ptx.coverage import Coverage
-
-    whole = Coverage(node.config.stash.setdefault(COVERAGE, {}))
-    whole.merge(getattr(node, "workeroutput", {}).get("ptx", {}))
+    emulator = emulation.emulator()
+    if emulator is not None:
+        own = emulation.coverage_of(emulator, node.config.stash.get(COVERAGE, {}))
+        own.merge(getattr(node, "workeroutput", {}).get("ptx", {}))
+        node.config.stash[COVERAGE] = own.specialisations
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     emulator = emulation.emulator()
-    if emulator is None:
-        return
-    from ptx.coverage import Coverage
-
-    whole = Coverage(config.stash.get(COVERAGE, {}))
-    if not whole.specialisations:
-        return
-    (ran, known), (blocks, all_blocks), (places, all_places) = whole.lines(), whole.blocks(), whole.places()
-    line = terminalreporter.write_line
-    line("")
-    line(
-        f"sm_{emulator.arch}, {len(whole.specialisations)} kernels: {len(ran)} of {len(known)} lines, "
-        f"{len(places)} of {len(all_places)} places, {blocks} of {all_blocks} blocks ran"
-    )
-    line(f"lines that never ran: {sorted(known - ran)}")
-    line(f"places that never ran: {sorted(all_places - places)}")
+    if emulator is not None and config.stash.get(COVERAGE, {}):
+        for line in emulation.summary(emulator, config.stash[COVERAGE]):
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture

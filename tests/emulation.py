@@ -9,16 +9,35 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
+    from ptx.coverage import Coverage
     from ptx.driver import Emulator
 
 INTERPRETER = "interpreter"
 ARCHITECTURES = ("80", "90", "100")
 CHOICES = (*ARCHITECTURES, INTERPRETER)
+
+# Blocks of all specialisations that the whole suite runs at least, of a hundred. Most others are branches
+# that a specialisation shares with another one that takes them: a loop that its problem is too small for.
+BLOCKS = 75
+# (kernel, place) that nothing has to run, with the reason.
+UNREACHED: dict[tuple[str, str], str] = {}
+
+# (kind, kernel, place, reason): what the emulator reports and does no harm.
+BENIGN = (
+    (
+        "race (one instruction, several values for an address, a few ulp apart), shared",
+        "_kernel",
+        "standard.py",
+        "Lanes that hold the same sum write it to one place. Where the compiler contracts the square in "
+        "sum(e e) with the first step of the sum over lanes, fma(e0, e0, e1 e1) and fma(e1, e1, e0 e0) "
+        "differ in the last bit, and which of the two stays is the hardware's choice.",
+    ),
+)
 
 _emulator: Emulator | None = None
 
@@ -44,13 +63,14 @@ def start() -> None:
     os.environ.pop("TRITON_INTERPRET", None)
     from ptx.driver import Emulator
     from ptx.machine import Settings
+    from ptx.reports import Benign
 
     from deft_kernels import backends
 
     settings = Settings(
         order=os.environ["PTX_ORDER"], seed=int(os.environ["PTX_SEED"]), noise=os.environ["PTX_NOISE"]
     )
-    _emulator = Emulator(int(arch), settings)
+    _emulator = Emulator(int(arch), settings, tuple(Benign(*known) for known in BENIGN))
     _emulator.install()
     obstacle = backends._device_obstacle
 
@@ -71,3 +91,41 @@ def fail_on_reports(when: str) -> None:
     found = _emulator.reports.take() if _emulator else []
     if found:
         raise AssertionError("\n".join([f"the emulator reports {when}:", *map(str, found)]))
+
+
+def coverage_of(emulator: Emulator, before: dict[str, Any] | None = None) -> Coverage:
+    """What an emulator ran, and what is known already."""
+    from ptx.coverage import Coverage
+
+    found = Coverage.of(emulator.kernels.values())
+    found.merge(before or {})
+    return found
+
+
+def missing(coverage: Coverage) -> list[str]:
+    """What the whole suite should have run and did not."""
+    (ran, known), (places, all_places) = coverage.lines(), coverage.places()
+    blocks, all_blocks = coverage.blocks()
+    found = [f"line {x}" for x in sorted(known - ran)]
+    found += [f"{kernel}, {place}" for kernel, place in sorted(all_places - places - set(UNREACHED))]
+    if blocks * 100 < all_blocks * BLOCKS:
+        found.append(f"{blocks} of {all_blocks} blocks, below {BLOCKS} %")
+    return found
+
+
+def summary(emulator: Emulator, specialisations: dict[str, Any]) -> list[str]:
+    """For the end of a session."""
+    from ptx.coverage import Coverage
+
+    whole = Coverage(specialisations)
+    (ran, known), (places, all_places) = whole.lines(), whole.places()
+    blocks, all_blocks = whole.blocks()
+    settings = emulator.settings
+    head = f"sm_{emulator.arch}, {settings.order}, {settings.noise}, {len(specialisations)} kernels"
+    lines = [
+        "",
+        f"{head}: {len(ran)} of {len(known)} lines, {len(places)} of {len(all_places)} places, {blocks} of "
+        f"{all_blocks} blocks ran",
+    ]
+    never = missing(whole)
+    return [*lines, f"did not run: {'; '.join(never)}"] if never else lines

@@ -2,7 +2,7 @@
 the oracle.
 
 A mutant of the source is a copy of the kernels with one text changed, which the launchers then run; a
-mutant of the compiled code is PTX without one barrier. """
+mutant of the compiled code is PTX without one barrier."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from typing import Any
 import emulation
 import pytest
 import torch
+from ptx.reports import Fault
 from rows import gradient_excess, make
 
 from deft_kernels import deft_loss, objectives
@@ -67,7 +68,7 @@ def run(
     objective: Any = "deft", vocabulary: int = 1531, dtype: torch.dtype = torch.bfloat16, **keywords: Any
 ) -> float:
     """How much of what its gradient may err it errs."""
-    z, y = make("plain", 2, vocabulary, dtype)
+    z, y = make("plain", 3, vocabulary, dtype)
     exact, x = z.double().requires_grad_(), z.requires_grad_()
     shared = {k: v for k, v in keywords.items() if k not in ("inplace", "grad_in_forward")}
     deft_loss(exact, y, objective=objective, reduction="sum", backend="reference", **shared).backward()
@@ -89,33 +90,28 @@ def test_without_a_mutant_all_is_well() -> None:
         assert not reports()
 
 
-@pytest.mark.parametrize(
-    ("file", "old", "new"),
-    [
-        (
-            "sweep.py",
-            "inside = (columns >= start) & (columns < stop)",
-            "inside = (columns >= start) & (columns <= stop)",
-        ),
-        ("sweep.py", "inside = (columns >= start) & (columns < stop)", "inside = columns < stop"),
-        (
-            "state.py",
-            "inside = (columns >= start) & (columns < stop)",
-            "inside = (columns >= start) & (columns <= stop)",
-        ),
-        ("sweep.py", "while first + 2 * TILE <= stop:", "while first + TILE <= stop:"),
-        ("state.py", "while first + 4 * TILE <= stop:", "while first + 3 * TILE <= stop:"),
-    ],
-)
+INSIDE = "inside = (columns >= start) & (columns < stop)"
+MASKS = [
+    ("sweep.py", INSIDE, "inside = (columns >= start) & (columns <= stop)"),
+    ("sweep.py", INSIDE, "inside = columns < stop"),
+    ("state.py", INSIDE, "inside = (columns >= start) & (columns <= stop)"),
+    ("state.py", INSIDE, "inside = columns < stop"),
+    ("sweep.py", "while first + 2 * TILE <= stop:", "while first + TILE <= stop:"),
+    ("state.py", "while first + 4 * TILE <= stop:", "while first + 3 * TILE <= stop:"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=lambda mask: f"{mask[0]}: {mask[2]}")
 @pytest.mark.parametrize("in_forward", [False, True])
-def test_a_mask_off_by_one(
-    file: str, old: str, new: str, in_forward: bool, plant: Callable[..., None]
-) -> None:
-    """One column too many is outside of the tensor, in the last row at least."""
-    plant(file, old, new)
-    with pytest.raises(Exception, match="outside a tensor's elements"):
-        run(grad_in_forward=in_forward)
-    assert "outside a tensor's elements" in reports()
+def test_a_mask_off_by_one(mask: tuple[str, str, str], in_forward: bool, plant: Callable[..., None]) -> None:
+    """Columns of the next row, or of the one before, that two programs then read and write; outside of the
+    tensor in the last row."""
+    plant(*mask)
+    try:
+        excess = run(grad_in_forward=in_forward, inplace=True)
+    except Fault:
+        excess = 0.0
+    assert reports() or excess > 1.0
 
 
 @pytest.mark.parametrize(
@@ -141,30 +137,32 @@ def test_swapped_halves(old: str, new: str, objective: Any, plant: Callable[...,
     reports()
 
 
-def test_a_wrong_claim_of_alignment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Peeling is promised where the first row is off a boundary."""
+def test_a_wrong_claim_of_alignment(plant: Callable[..., None]) -> None:
+    """A row's first column, off a boundary, said to lie on one: the load of 16 bytes would fault."""
+    plant("row_kernels.py", "tl.multiple_of(offset - lead, WIDTH), lead", "tl.multiple_of(offset, WIDTH), 0")
+    with pytest.raises(Fault, match="misaligned global access"):
+        run()
+    assert "misaligned" in reports()
+
+
+def test_peeling_rows_that_lie_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gradient whose rows lie otherwise than the logits': the hint is true for one of them only."""
     z, y = make("plain", 3, 1281, torch.bfloat16)
-    view = torch.zeros(1 + 3 * 1289, dtype=torch.bfloat16).as_strided((3, 1281), (1289, 1), 1)
+    view = torch.zeros(3 * 1290, dtype=torch.bfloat16).as_strided((3, 1281), (1290, 1))
     view.copy_(z)
-    deft_loss(view.detach().requires_grad_(), y, backend="triton").backward()
     monkeypatch.setattr(launch, "peel", lambda *_: True)
-    with pytest.raises(Exception, match="misaligned"):
-        deft_loss(view.detach().requires_grad_(), y, backend="triton").backward()
+    with pytest.raises(Fault, match="misaligned global access"):
+        deft_loss(view.requires_grad_(), y, backend="triton").backward()
     assert "misaligned" in reports()
 
 
 # Barriers
 
 
-def without_barrier(ptx: str, n: int) -> str:
-    """PTX without its n-th barrier; none fewer where it has no more."""
-    found = list(re.finditer(r"\bbar\.sync\s+0;", ptx))
-    return ptx[: found[n].start()] + ptx[found[n].end() :] if n < len(found) else ptx
-
+BARRIER = re.compile(r"\b(bar\.sync\s+0|bar\.warp\.sync\s+-1);")
 
 CALLS: dict[str, dict[str, Any]] = {
     "backward": {},
-    "in place": {"inplace": True},
     "in place, softcap": {"inplace": True, "softcap": 20.0},
     "in the forward, in place": {"inplace": True, "grad_in_forward": True},
     "in the forward, in place, softcap": {"inplace": True, "grad_in_forward": True, "softcap": 20.0},
@@ -172,24 +170,41 @@ CALLS: dict[str, dict[str, Any]] = {
                                       "objective": objectives.deft(float("inf"), detach=False)},
 }  # fmt: skip
 
+# Barriers that nothing misses, by the file that they come from, and how many of them a kernel may have.
+SPARE = {
+    # Between the read of one reduction's result and the write of the next one's: Triton takes two parts of
+    # a buffer for one, and the other part has had a barrier since.
+    "standard.py": 1,
+    # With several warps the reductions' own barriers come after the last read of the logits. With one warp
+    # there are none, and this one is needed.
+    "row_kernels.py": 1,
+}
 
+
+@pytest.mark.parametrize("warps", [1, 4])
 @pytest.mark.parametrize("name", CALLS)
-def test_every_barrier_is_missed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four warps; each barrier of each kernel of a call taken out alone is reported as a race."""
+def test_barriers_are_missed(name: str, warps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each barrier of each kernel of a call, taken out alone, is reported as a race; but for the spare
+    ones."""
     for plan in ("statistics", "gradient", "fused"):
-        monkeypatch.setattr(table, plan, lambda _, itemsize, warp: Launch(4, 16 // itemsize, warp))
+        monkeypatch.setattr(table, plan, lambda _, itemsize, warp: Launch(warps, 16 // itemsize, warp))
     emulator = emulation.emulator()
     assert emulator is not None
     run(vocabulary=3001, **CALLS[name])
-    own = {ptx: kernel for ptx, kernel in emulator.kernels.items() if "bar.sync" in ptx}
-    assert own and not reports()
-    silent = []
+    assert not reports()
+    own = {ptx: kernel for ptx, kernel in emulator.kernels.items() if BARRIER.search(ptx)}
+    assert own
     for ptx, kernel in own.items():
-        places = [b.instructions[-1].where for b in kernel.blocks if b.kind == "barrier"]
-        for n, place in enumerate(places):
-            mutant = without_barrier(ptx, n)
+        places = [i.line for i in kernel.instructions.values() if BARRIER.fullmatch(f"{i.text};")]
+        barriers = list(BARRIER.finditer(ptx))
+        assert len(places) == len(barriers)
+        silent: dict[str, int] = {}
+        for barrier, place in zip(barriers, places, strict=True):
+            mutant = ptx[: barrier.start()] + ptx[barrier.end() :]
             with emulator.planted(lambda text, ptx=ptx, mutant=mutant: mutant if text == ptx else text):
                 run(vocabulary=3001, **CALLS[name])
             if "race" not in reports():
-                silent.append(f"{kernel.name}: barrier {n} at {place}")
-    assert not silent
+                file = place.split(":")[0]
+                silent[file] = silent.get(file, 0) + 1
+        allowed = SPARE if warps > 1 else {}
+        assert all(count <= allowed.get(file, 0) for file, count in silent.items()), (kernel.name, silent)

@@ -60,12 +60,13 @@ class Coverage:
         return sum(1 for c in counts if c), len(counts)
 
     def places(self) -> tuple[set[tuple[str, str]], set[tuple[str, str]]]:
-        """((kernel, line) of blocks that ran, of all)."""
+        """((kernel, line) of blocks that ran, of all). A block without a line of its own has no place."""
         ran, known = set(), set()
         for name, blocks, hits in self.specialisations.values():
             for lines, count in zip(blocks, hits, strict=True):
-                if lines:
-                    known.add((name, lines[0]))
+                place = next((x for x in lines if x != "?" and not x.endswith(":0")), None)
+                if place is not None:
+                    known.add((name, place))
                     if count:
-                        ran.add((name, lines[0]))
+                        ran.add((name, place))
         return ran, known

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .arithmetic import I4, I8, U2, U4, Array, extreme, pack
+from .arithmetic import F4, F8, I4, I8, U2, U4, Array, extreme, pack
 from .memory import UNITS, Shared
 from .parser import Unsupported
 from .races import WARP_PHASES, Shadow
@@ -14,6 +14,12 @@ from .reports import Fault
 
 if TYPE_CHECKING:
     from .machine import Launch
+
+
+def close(a: Array, b: Array) -> bool:
+    """Whether 32-bit words are fp32 that differ by a few ulp at most."""
+    x, y = a.view(F4).astype(F8), b.view(F4).astype(F8)
+    return bool((np.abs(x - y) <= 2.0**-21 * np.abs(x)).all())
 
 
 class Group:
@@ -87,7 +93,7 @@ class Group:
                 threads=int(bad.sum()),
             )  # fmt: skip
         if self.launch.traffic is not None:
-            self.launch.traffic.add(self, number, source, at, threads, size, write)
+            self.launch.traffic.add(self, number, elements, at, threads, size, write)
         return at
 
     def _track(self, space: str, at: Array, size: int, threads: Array, number: int, changed: Array) -> None:
@@ -172,9 +178,12 @@ class Group:
         for cell, value in zip(cells, values, strict=True):
             bytes_[cell] = value
         for cell, value in zip(cells, values, strict=True):
-            if (bytes_[cell] != value).any():
+            lost = bytes_[cell] != value
+            if lost.any():
+                kept, other = bytes_[cell][lost], np.broadcast_to(value, lost.shape)[lost]
+                near = ", a few ulp apart" if size == 4 and close(kept, other) else ""
                 self.launch.reports.add(
-                    f"race (one instruction, several values for an address), {space}",
+                    f"race (one instruction, several values for an address{near}), {space}",
                     self.kernel.name, self.launch.place(number),
                 )  # fmt: skip
 

@@ -64,6 +64,8 @@ class Launch:
         self.granule = kernel.granule
         self.memory = Global(tensors, self.granule)
         self.shadow = Shadow(self.memory.granules + 1 if self.check else 0, kernel.threads)
+        if traffic is not None:
+            traffic.begin()
         self.interval = 1
         self.barriers = 0
 
