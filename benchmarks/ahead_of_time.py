@@ -98,6 +98,8 @@ def source(variant: Variant) -> tuple[ASTSource, dict[str, Any]]:
         "TIES": spec.peaks,
         "STORED": variant.kernel == "statistics-stored",
         "PEEL": "peel" in options,
+        "TAIL": plan.tail,
+        "NEAR": plan.near,
         "LANES": plan.lanes,
         "WIDTH": plan.width,
         "MODE": GENERIC.value if hip else PTX.value,

@@ -1,11 +1,12 @@
 """Measure the candidates for the launch table, each in turns with the others and a copy of the logits.
 
     python benchmarks/sweep.py --out sweep.json
-    python benchmarks/sweep.py --kernel fused --vocabulary 128256 --rows 4096
+    python benchmarks/sweep.py --kernel fused --shapes 4096x128256
 
 Prints, for every kernel and shape, the candidates in order and an entry for `deft_kernels/kernels/table.py`
-that names its measurement. With TRITON_INTERPRET=1 the kernels run in the interpreter on a few numbers, which
-tests this script and measures nothing: no entry is printed.
+that names its measurement. Candidates are compiled first, by as many processes as there are cores. With
+TRITON_INTERPRET=1 the kernels run in the interpreter on a few numbers, which tests this script and measures
+nothing: no entry is printed.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import multiprocessing
+import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,49 +33,64 @@ from deft_kernels.spec import Spec
 
 DRY = backends.interpreted()
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-VOCABULARIES = (32000, 50257, 128256, 151936, 262144)
+OBJECTIVES = {"deft": objectives.deft(), "eaft": objectives.eaft()}
+SHAPES = ("4096x32000", "8192x128256", "4096x262144", "4096x50257", "8x128256", "512x128256")
+KERNELS = ("statistics", "gradient", "fused", "fused out of place", "statistics, gradient")
+# Rows of a launch that only compiles: a multiple of 16, as the measured ones, so that it is the same kernel.
+FEW = 16
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """num_warps and width: of `table.Launch`; slices: turns of a gradient program; splits: programs a row."""
+    """plan: of the kernel's table; slices: turns of a gradient program; splits: programs a row."""
 
-    num_warps: int
-    width: int
+    plan: table.Launch
     slices: int | None = None
     splits: int | None = None
 
     def __str__(self) -> str:
-        text = f"num_warps={self.num_warps}, width={self.width}"
+        text = f"num_warps={self.plan.num_warps}, width={self.plan.width}"
+        text += "".join(f", {name}" for name in ("tail", "near") if getattr(self.plan, name))
         text += "" if self.slices is None else f", SLICE_TURNS={self.slices}"
         return text + ("" if self.splits is None else f", splits={self.splits}")
 
 
 def candidates(kernel: str, rows: int, itemsize: int, processors: int) -> list[Candidate]:
-    """Loads of 16 bytes, the widest there are, and warps by powers of two; the rest as the kernel has it."""
+    """Loads of 16 bytes, the widest there are, warps by powers of two, and the hints where they could pay."""
     width = 16 // itemsize
     warps = (1, 2) if DRY else (1, 2, 4, 8, 16, 32)
+    off_on = (False, True)
     if kernel == "gradient":
         return [
-            Candidate(w, width, slices=s) for w in warps[:4] for s in ((2, 8) if DRY else (2, 4, 8, 16, 32))
+            Candidate(table.Launch(w, width), slices=s) for w in warps[:4] for s in (4, 8, 16)[-len(warps) :]
         ]
-    if kernel == "fused":
-        return [Candidate(w, width) for w in warps]
-    if rows >= 2 * processors:
-        return [Candidate(w, width, splits=1) for w in warps[:5]]
-    splits = (1, 2) if DRY else (1, 2, 4, 8, 16, 32, 64)
-    return [Candidate(w, width, splits=s) for w in warps[1:4] for s in splits]
+    if kernel == "statistics, gradient":
+        return [Candidate(table.Launch(w, width), slices=8, splits=1) for w in warps[2:4] or warps]
+    if kernel.startswith("fused"):
+        return [
+            Candidate(table.Launch(w, width, tail=True, near=near))
+            for w in warps[2:] or warps
+            for near in off_on
+        ]
+    splits = (1,) if rows >= 2 * processors else (1, 2) if DRY else (1, 2, 4, 8, 16, 32, 64)
+    return [
+        Candidate(table.Launch(w, width, tail=tail), splits=s)
+        for w in warps[1:4]
+        for s in splits
+        for tail in off_on
+    ]
+
+
+def table_of(kernel: str) -> str:
+    return {"fused out of place": "fused", "statistics, gradient": "gradient"}.get(kernel, kernel)
 
 
 @contextmanager
 def launched(kernel: str, candidate: Candidate) -> Iterator[None]:
     """The launchers as if the table held the candidate for this kernel."""
-    kept = (getattr(table, kernel), table.splits, launch.SLICE_TURNS)
-
-    def plan(vocabulary: int, itemsize: int, warp: int = 32) -> table.Launch:
-        return table.Launch(candidate.num_warps, candidate.width, warp)
-
-    setattr(table, kernel, plan)
+    name = table_of(kernel)
+    kept = (getattr(table, name), table.splits, launch.SLICE_TURNS)
+    setattr(table, name, lambda vocabulary, itemsize, warp=32: replace(candidate.plan, warp=warp))
     if candidate.splits is not None:
         table.splits = lambda *_: candidate.splits
     if candidate.slices is not None:
@@ -79,53 +98,75 @@ def launched(kernel: str, candidate: Candidate) -> Iterator[None]:
     try:
         yield
     finally:
-        setattr(table, kernel, kept[0])
+        setattr(table, name, kept[0])
         table.splits, launch.SLICE_TURNS = kept[1:]
 
 
-def run_of(kernel: str, candidate: Candidate, case: Case, device: torch.device) -> Loss:
-    """One launch of the kernel as the candidate has it; fused, the gradient overwrites the logits."""
-    spec = Spec(objectives.deft(), backend="triton")
+def run_of(kernel: str, candidate: Candidate, case: Case, objective: str, device: torch.device) -> Loss:
+    """One launch of the kernel as the candidate has it (two for both); fused, the gradient overwrites the
+    logits unless it is told to go elsewhere."""
+    spec = Spec(OBJECTIVES[objective], backend="triton")
     dloss = torch.full((case.n,), 1 / case.n, device=device)
     known: dict[str, torch.Tensor] = {}
+
+    def out_for(logits: torch.Tensor) -> torch.Tensor:
+        if "out" not in known:
+            known["out"] = torch.empty_like(logits)
+        return known["out"]
 
     def run(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         logits = logits.detach()
         with launched(kernel, candidate):
             if kernel == "statistics":
                 return launch.row_loss(logits, labels, None, -100, spec)[0]
-            if kernel == "fused":
-                return launch.row_loss_with_gradient(logits, labels, dloss, None, -100, spec, logits)[0]
-            if not known:
+            if kernel.startswith("fused"):
+                out = logits if kernel == "fused" else out_for(logits)
+                return launch.row_loss_with_gradient(logits, labels, dloss, None, -100, spec, out)[0]
+            if "rows" not in known or kernel == "statistics, gradient":
                 known["rows"] = launch.row_loss(logits, labels, None, -100, spec)[1]
-                known["out"] = torch.empty_like(logits)
-            launch.gradient(logits, labels, None, known["rows"], dloss, spec, known["out"])
+            launch.gradient(logits, labels, None, known["rows"], dloss, spec, out_for(logits))
             return known["out"]
 
     return run
 
 
-STREAMS = {"statistics": 1, "gradient": 2, "fused": 2}
+def compile_one(job: tuple[str, Candidate, Case, str]) -> None:
+    """In a process of its own: Triton's cache on disk then holds the kernel."""
+    kernel, candidate, case, objective = job
+    device = torch.device("cpu") if DRY else machine.device()
+    inputs = Inputs(replace(case, n=min(case.n, FEW)), device, sets=1)
+    run_of(kernel, candidate, inputs.case, objective, device)(inputs.next(), inputs.labels)
 
 
-def sweep(kernel: str, case: Case, device: torch.device) -> list[dict[str, Any]]:
-    """Records of the candidates, the fastest first; the table's own choice is among them as "table"."""
-    plan = getattr(table, kernel)(case.vocabulary, case.dtype.itemsize)
-    own = Candidate(plan.num_warps, plan.width)
+STREAMS = {
+    "statistics": 1, "gradient": 2, "fused": 2, "fused out of place": 2, "statistics, gradient": 3,
+}  # fmt: skip
+
+
+def entrants(kernel: str, case: Case, device: torch.device) -> dict[str, Candidate]:
+    """By name; the table's own choice is among them as "table"."""
+    own = Candidate(getattr(table, table_of(kernel))(case.vocabulary, case.dtype.itemsize))
     processors = 1 if DRY else torch.cuda.get_device_properties(device).multi_processor_count
     found = {str(c): c for c in candidates(kernel, case.n, case.dtype.itemsize, processors)}
-    found = {f"table: {own}": own} | found
-    runs = {name: run_of(kernel, candidate, case, device) for name, candidate in found.items()}
-    expected, inputs = None, Inputs(Case("forward", min(case.n, 64), case.vocabulary, case.dtype), device)
+    return {f"table: {own}": own} | found
+
+
+def sweep(kernel: str, case: Case, objective: str, device: torch.device) -> list[dict[str, Any]]:
+    """Records of the candidates, the fastest first."""
+    found = entrants(kernel, case, device)
+    runs = {name: run_of(kernel, candidate, case, objective, device) for name, candidate in found.items()}
+    small = replace(case, n=min(case.n, FEW))
+    expected, inputs = None, Inputs(small, device, sets=1)
     for name, candidate in found.items():
-        small = Case("forward", len(inputs.labels), case.vocabulary, case.dtype)
-        got = run_of(kernel, candidate, small, device)(inputs.sets[0], inputs.labels).double()
+        got = run_of(kernel, candidate, small, objective, device)(inputs.sets[0], inputs.labels).double()
         inputs.restored(inputs.sets[0])
         expected = got if expected is None else expected
         torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-6, msg=f"{kernel}, {name}: wrong result")
-    measured = compare(runs, case, device, (1, 1) if DRY else (8, 30), 0.5, memory=False)
+    measured = compare(runs, case, device, (1, 1) if DRY else (8, 20), 0.5, memory=False)
     records = [
-        {"kernel": kernel, "candidate": name} | measured[name].record(case, STREAMS[kernel]) for name in found
+        {"kernel": kernel, "objective": objective, "candidate": name}
+        | measured[name].record(case, STREAMS[kernel])
+        for name in found
     ]
     return sorted(records, key=lambda record: record["ms"])
 
@@ -147,10 +188,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kernel", nargs="+", default=list(STREAMS), choices=list(STREAMS))
-    parser.add_argument("--dtype", nargs="+", default=["bf16", "fp32"], choices=list(DTYPES))
-    parser.add_argument("--vocabulary", nargs="+", type=int, default=list(VOCABULARIES))
-    parser.add_argument("--rows", nargs="+", type=int, default=[8, 512, 4096])
+    parser.add_argument("--kernel", nargs="+", default=list(KERNELS), choices=KERNELS)
+    parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=list(DTYPES))
+    parser.add_argument("--objective", nargs="+", default=list(OBJECTIVES), choices=list(OBJECTIVES))
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), metavar="ROWSxVOCABULARY")
     parser.add_argument("--out", type=Path, help="write every record, as JSON")
     args = parser.parse_args()
     device = torch.device("cpu") if DRY else machine.device()
@@ -158,12 +199,35 @@ def main() -> None:
         parser.error("needs a GPU; TRITON_INTERPRET=1 tries the script without one")
     if DRY:
         print("dry run: Triton's interpreter, nothing is measured")
-        args.vocabulary, args.rows, args.dtype = [300], [2], args.dtype[:1]
+        args.shapes, args.dtype, args.objective = ["2x300"], args.dtype[:1], args.objective[:1]
     whole = machine.described() | {"records": []}
-    shapes = itertools.product(args.kernel, args.dtype, args.vocabulary, args.rows)
-    for kernel, dtype, vocabulary, rows in shapes:
-        case = Case("forward", rows, vocabulary, DTYPES[dtype])
-        records = sweep(kernel, case, device)
+    jobs = [
+        (kernel, Case("forward", *map(int, shape.split("x")), DTYPES[dtype]), objective)
+        for shape, dtype, kernel, objective in itertools.product(
+            args.shapes, args.dtype, args.kernel, args.objective
+        )
+        # The entropy changes what the statistics' loop holds, and nothing of the gradient's. Few rows are
+        # split, which is of the statistics alone.
+        if (objective == "deft" or kernel in ("statistics", "fused"))
+        and (DRY or kernel == "statistics" or int(shape.split("x")[0]) > 512)
+    ]
+    if not DRY:
+        begun = time.perf_counter()
+        # One of each program: Triton tells vocabularies apart by whether they are multiples of 16.
+        programs = list({
+            (kernel, candidate, case.vocabulary % 16, case.dtype, objective): (
+                kernel, candidate, case, objective
+            )
+            for kernel, case, objective in jobs
+            for candidate in entrants(kernel, case, device).values()
+        }.values())  # fmt: skip
+        context = multiprocessing.get_context("spawn")
+        with context.Pool(min(len(programs), os.cpu_count() or 1)) as pool:
+            for _ in pool.imap_unordered(compile_one, programs, chunksize=4):
+                pass
+        print(f"{len(programs)} programs compiled in {time.perf_counter() - begun:.0f} s", flush=True)
+    for kernel, case, objective in jobs:
+        records = sweep(kernel, case, objective, device)
         whole["records"] += records
         if args.out:  # after each shape: a run that is cut short keeps what it has
             args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -171,8 +235,11 @@ def main() -> None:
         if DRY:
             print(f"{kernel} {case}: {len(records)} candidates ran and agree")
             continue
-        for record in records[:4] + [r for r in records[4:] if r["candidate"].startswith("table")]:
-            print(f"  {record['ms']:8.3f} ms  {fraction(record):.2f} of a copy  {record['candidate']}")
+        for record in records[:5] + [r for r in records[5:] if r["candidate"].startswith("table")]:
+            print(
+                f"  {record['ms']:8.3f} ms  {record['ratio_to_copy']:.3f} copies  "
+                f"{fraction(record):.2f} of its bandwidth  {record['candidate']}"
+            )
         print(entry(records[0], whole["command"]), flush=True)
 
 

@@ -45,7 +45,8 @@ MAIN = ("nll", "deft", "cayley", "rational", "eaft")
 
 def both(z: Tensor, y: Tensor, objective: Objective, backend: str, **keywords: object) -> tuple[Tensor, ...]:
     """(row losses, gradient, oracle's row losses, oracle's gradient, oracle's d loss / d logp bound)."""
-    upstream = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    upstream = torch.randn(y.shape, dtype=torch.float64, generator=generator).to(z.device)
     mine = z.clone().requires_grad_()
     loss = deft_loss(mine, y, objective=objective, reduction="none", backend=backend, **keywords)
     loss.backward(upstream.float())

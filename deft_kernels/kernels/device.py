@@ -100,19 +100,17 @@ def softcapped(z, softcap, SOFTCAP: tl.constexpr):
 def finite(z, FLOOR: tl.constexpr):
     """A masked logit as a finite one of probability 0, so that p log p is 0 and not 0 * -inf.
 
-    In the logits' own dtype: on packed bf16 or fp16 this is half an instruction a logit, after the
-    conversion to fp32 a whole one. A NaN stays one: the plain maximum would hide it.
+    In the logits' own dtype: on packed bf16 this is half an instruction a logit, after the conversion to
+    fp32 a whole one. fp16 has no number that is low enough (see `widened`). A NaN stays one: the plain
+    maximum would hide it.
     """
-    if z.dtype == tl.float16:
-        return tl.maximum(z, tl.full((), -65504.0, z.dtype), propagate_nan=tl.PropagateNan.ALL)
-    else:
-        return tl.maximum(z, tl.full((), FLOOR, z.dtype), propagate_nan=tl.PropagateNan.ALL)
+    return tl.maximum(z, tl.full((), FLOOR, z.dtype), propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def comparable(z, MODE: tl.constexpr):
     """Logits in a dtype whose maximum can be taken: the interpreter compares bf16 as integers."""
-    if MODE == INTERPRETED:
+    if MODE == INTERPRETED and z.dtype == tl.bfloat16:
         return z.to(tl.float32)
     else:
         return z
@@ -122,7 +120,9 @@ def comparable(z, MODE: tl.constexpr):
 def widened(z, FINITE: tl.constexpr, MODE: tl.constexpr):
     """Logits in fp32, masked ones made `finite` on request.
 
-    Packed bf16 is taken apart with one instruction a logit, where the compiler's own way needs 1.7.
+    Packed bf16 is taken apart with one instruction a logit, where the compiler's own way needs 1.7. fp16 is
+    widened first and pays half an instruction more: its lowest number, -65504, lies above the offset LOWEST
+    of a lane that has seen masked logits only, and 2^x would overflow.
     """
     if MODE == PTX and z.dtype == tl.bfloat16:
         if FINITE:
@@ -137,6 +137,8 @@ def widened(z, FINITE: tl.constexpr, MODE: tl.constexpr):
                 "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
                 "=r,=r,r", [z], dtype=tl.float32, is_pure=True, pack=2,
             )  # fmt: skip
+    elif FINITE and z.dtype == tl.float16:
+        return finite(z.to(tl.float32), MASKED_LOGIT)
     elif FINITE:
         return finite(comparable(z, MODE), MASKED_LOGIT).to(tl.float32)
     else:

@@ -120,6 +120,8 @@ def finish_row(
         target += tl.where(z_target >= peak, peak_grad, 0.0)
     target = (target + p * rest + extra) / temperature
     a = (g + rest - c * (log_sum + LN2 * x_peak)) / (s * temperature)
+    # A label out of range: the row's gradient shows it as its loss does, whatever the gate.
+    a = tl.where(z_target == z_target, a, float("nan"))
     b = b / (s * s * temperature)
     c = c * LN2 / (s * temperature)
     peak_grad = peak_grad / temperature

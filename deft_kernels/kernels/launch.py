@@ -37,6 +37,8 @@ from .row_kernels import (
     statistics_kernel,
 )
 
+# Programs a multiprocessor of a launch that mostly finds nothing to do, because the upstream is 1.
+RESCALING = 8
 SLICE_TURNS = 8  # columns of a gradient program, in turns of two tiles: long enough to amortise its row
 
 
@@ -127,7 +129,7 @@ def _reduce(
         k=call.k, softcap=spec.softcap, temperature=spec.temperature,
         floor=0.5 * (spec.objective.mean_prob or 0.0), **call.scalars, **call.constants,
         WEIGHTED=call.weighted, SOFTCAP=call.softcap, TIES=spec.peaks, STORED=stored,
-        PEEL=peel(plan.width, (call.logits,), (call.strides,)),
+        PEEL=peel(plan.width, (call.logits,), (call.strides,)), TAIL=plan.tail,
         LANES=plan.lanes, WIDTH=plan.width, MODE=call.mode, num_warps=plan.num_warps, **call.options,
     )  # fmt: skip
     return states
@@ -190,6 +192,7 @@ def row_loss_with_gradient(
         spread=spec.label_smoothing / call.vocabulary / spec.temperature, **call.constants,
         WEIGHTED=call.weighted, SOFTCAP=call.softcap, TIES=spec.peaks,
         PEEL=peel(plan.width, (logits, out), (call.strides, out_strides)),
+        TAIL=plan.tail, NEAR=plan.near,
         LANES=plan.lanes, WIDTH=plan.width, MODE=call.mode,
         num_warps=plan.num_warps, **call.options,
     )  # fmt: skip
@@ -214,7 +217,11 @@ def gradient(
     plan = table.gradient(call.vocabulary, logits.element_size(), warp())
     span = plan.tile * 2 * SLICE_TURNS
     out_outer, out_inner = out_strides = out_strides_of(out, call.inner)
-    grid = (call.count, math.ceil(call.vocabulary / span))
+    programs = call.count
+    if upstream is not None:
+        span = call.vocabulary
+        programs = min(call.count, RESCALING * processors(call.device))
+    grid = (programs, math.ceil(call.vocabulary / span))
     gradient_kernel[grid](
         logits, labels, call.class_weight, rows, dloss, rows if upstream is None else upstream, out,
         call.count, **call.position(), out_outer=out_outer, out_inner=out_inner,
@@ -223,7 +230,7 @@ def gradient(
         UPSTREAM=upstream is not None, SQUARES=spec.squares, LOGS=spec.logs, PEAKS=spec.peaks,
         SMOOTHED=spec.label_smoothing > 0, WEIGHTED=call.weighted, SOFTCAP=call.softcap,
         PEEL=peel(plan.width, (logits, out), (call.strides, out_strides)),
-        LANES=plan.lanes, WIDTH=plan.width, MODE=call.mode,
+        NEAR=plan.near, LANES=plan.lanes, WIDTH=plan.width, MODE=call.mode,
         num_warps=plan.num_warps, **call.options,
     )  # fmt: skip
 
@@ -253,7 +260,8 @@ def scale(gradient: Tensor, upstream: Tensor) -> None:
     """gradient [..., V] *= upstream; decided on the device, which reads and writes nothing where it is 1."""
     plan = table.gradient(gradient.shape[-1], gradient.element_size(), warp())
     inner, outer, stride = strides_of(gradient)
-    scale_kernel[(gradient.numel() // gradient.shape[-1],)](
-        gradient, upstream, inner, outer, stride, gradient.shape[-1],
+    rows = gradient.numel() // gradient.shape[-1]
+    scale_kernel[(min(rows, RESCALING * processors(gradient.device)),)](
+        gradient, upstream, rows, inner, outer, stride, gradient.shape[-1],
         LANES=plan.lanes, WIDTH=plan.width, MODE=mode(), num_warps=plan.num_warps, **options(mode(), False),
     )  # fmt: skip

@@ -57,7 +57,7 @@ def statistics_kernel(
     FOCUS: tl.constexpr, FAMILY: tl.constexpr, THROUGH: tl.constexpr, IS_WEIGHT: tl.constexpr,
     BANDED: tl.constexpr, Z_LOSS: tl.constexpr, SMOOTHED: tl.constexpr, WEIGHTED: tl.constexpr,
     SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, TIES: tl.constexpr, STORED: tl.constexpr,
-    PEEL: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, MODE: tl.constexpr,
+    PEEL: tl.constexpr, TAIL: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     label = tl.load(labels + row)
@@ -71,15 +71,12 @@ def statistics_kernel(
             stop = tl.minimum(start + span, stop)
         base = logits + at
         z_target = target_of(base + lead, label, vocabulary, softcap, SOFTCAP)
-        peel = 0
-        if PEEL:
-            peel = start % WIDTH
         weights = class_weight
         if WEIGHTED:
             weights = class_weight - lead
         peak, offset, s, u, t, zsum = reduce_row(
-            base, start, stop, peel, weights, k, softcap,
-            LANES, WIDTH, SOFTCAP, SMOOTHED, WEIGHTED, ENTROPY, MODE,
+            base, start, stop, weights, k, softcap,
+            LANES, WIDTH, SOFTCAP, SMOOTHED, WEIGHTED, ENTROPY, PEEL, TAIL, False, MODE,
         )  # fmt: skip
         ties = 0.0
         if TIES:
@@ -158,6 +155,51 @@ def finish_kernel(
 
 
 @triton.jit
+def gradient_of_slice(
+    row, start, factor, logits, labels, class_weight, rows, dlogits,
+    n_rows, inner, stride_outer, stride_inner, out_outer, out_inner, vocabulary, span, k, softcap, spread,
+    SQUARES: tl.constexpr, LOGS: tl.constexpr, PEAKS: tl.constexpr, SMOOTHED: tl.constexpr,
+    WEIGHTED: tl.constexpr, SOFTCAP: tl.constexpr, PEEL: tl.constexpr, NEAR: tl.constexpr,
+    LANES: tl.constexpr, WIDTH: tl.constexpr, MODE: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the columns [start, start + span) of a row, times `factor`."""
+    at, lead = aligned(row_offset(row, inner, stride_outer, stride_inner), WIDTH, PEEL)
+    to = row_offset(row, inner, out_outer, out_inner) - lead
+    if PEEL:
+        to = tl.multiple_of(to, WIDTH)
+    start += lead
+    stop = tl.minimum(start + span, lead + vocabulary)
+    if tl.load(rows + 8 * n_rows + row) != 0.0:
+        label = tl.load(labels + row)
+        offset = tl.load(rows + 9 * n_rows + row)
+        peak = tl.load(rows + 11 * n_rows + row)
+        a = tl.load(rows + 13 * n_rows + row) * factor
+        b = tl.load(rows + 14 * n_rows + row) * factor
+        c = tl.load(rows + 15 * n_rows + row) * factor
+        peak_grad = tl.load(rows + 16 * n_rows + row) * factor
+        target = tl.load(rows + 17 * n_rows + row) * factor
+        z_target = 0.0
+        if SOFTCAP:
+            # Only the program that writes the target's element needs its logit. In place, others would read
+            # what that program has already overwritten; its own threads wait for each other.
+            own = (label + lead >= start) & (label + lead < stop)
+            known = tl.where(own, label, -1)
+            z_target = target_of(logits + at + lead, known, vocabulary, softcap, SOFTCAP)
+            tl.debug_barrier()
+        weights = class_weight
+        if WEIGHTED:
+            weights = class_weight - lead
+        write_gradient(
+            logits + at, dlogits + to, start, stop, label + lead, z_target, weights, k, softcap,
+            offset, peak, a, b, c, peak_grad, target, spread * factor,
+            LANES, WIDTH, SOFTCAP, SMOOTHED, WEIGHTED, SQUARES, LOGS, PEAKS,
+            PEEL, NEAR, MODE,
+        )  # fmt: skip
+    else:
+        write_zeros(dlogits + to, start, stop, LANES, WIDTH, PEEL)
+
+
+@triton.jit
 def gradient_kernel(
     logits,  # [N, V]
     labels,  # [N] int64
@@ -170,63 +212,46 @@ def gradient_kernel(
     softcap, spread,
     UPSTREAM: tl.constexpr, SQUARES: tl.constexpr, LOGS: tl.constexpr, PEAKS: tl.constexpr,
     SMOOTHED: tl.constexpr, WEIGHTED: tl.constexpr, SOFTCAP: tl.constexpr, PEEL: tl.constexpr,
-    LANES: tl.constexpr, WIDTH: tl.constexpr, MODE: tl.constexpr,
+    NEAR: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    factor = tl.load(dloss + row.to(tl.int64) * dloss_stride).to(tl.float32)
-    wanted = True
     if UPSTREAM:
-        # The gradient stands already for an upstream of 1: decided here, never by waiting on the host.
+        # The gradient stands already for an upstream of 1: decided here, never by waiting on the host, and by
+        # a few programs that walk over the rows, since mostly they have nothing to do.
         scalar = tl.load(upstream).to(tl.float32)
-        wanted = scalar != 1.0
-        factor *= scalar
-    if wanted:
-        at, lead = aligned(row_offset(row, inner, stride_outer, stride_inner), WIDTH, PEEL)
-        to = row_offset(row, inner, out_outer, out_inner) - lead
-        if PEEL:
-            to = tl.multiple_of(to, WIDTH)
-        start = lead + tl.program_id(1) * span
-        stop = tl.minimum(start + span, lead + vocabulary)
-        peel = 0
-        if PEEL:
-            peel = start % WIDTH
-        if tl.load(rows + 8 * n_rows + row) != 0.0:
-            label = tl.load(labels + row)
-            offset = tl.load(rows + 9 * n_rows + row)
-            peak = tl.load(rows + 11 * n_rows + row)
-            a = tl.load(rows + 13 * n_rows + row) * factor
-            b = tl.load(rows + 14 * n_rows + row) * factor
-            c = tl.load(rows + 15 * n_rows + row) * factor
-            peak_grad = tl.load(rows + 16 * n_rows + row) * factor
-            target = tl.load(rows + 17 * n_rows + row) * factor
-            z_target = 0.0
-            if SOFTCAP:
-                z_target = target_of(logits + at + lead, label, vocabulary, softcap, SOFTCAP)
-                # Another thread may overwrite the target's logit in place.
-                tl.debug_barrier()
-            weights = class_weight
-            if WEIGHTED:
-                weights = class_weight - lead
-            write_gradient(
-                logits + at, dlogits + to, start, stop, peel, label + lead, z_target, weights, k, softcap,
-                offset, peak, a, b, c, peak_grad, target, spread * factor,
-                LANES, WIDTH, SOFTCAP, SMOOTHED, WEIGHTED, SQUARES, LOGS, PEAKS, MODE,
+        stop = tl.where(scalar != 1.0, n_rows, 0)
+        while row < stop:
+            factor = tl.load(dloss + row.to(tl.int64) * dloss_stride).to(tl.float32) * scalar
+            start = tl.program_id(1) * span
+            gradient_of_slice(
+                row, start, factor, logits, labels, class_weight, rows, dlogits,
+                n_rows, inner, stride_outer, stride_inner, out_outer, out_inner, vocabulary, span, k, softcap,
+                spread, SQUARES, LOGS, PEAKS, SMOOTHED, WEIGHTED, SOFTCAP, PEEL, NEAR, LANES, WIDTH,
+                MODE,
             )  # fmt: skip
-        else:
-            write_zeros(dlogits + to, start, stop, peel, LANES, WIDTH)
+            row += tl.num_programs(0)
+    else:
+        factor = tl.load(dloss + row.to(tl.int64) * dloss_stride).to(tl.float32)
+        gradient_of_slice(
+            row, tl.program_id(1) * span, factor, logits, labels, class_weight, rows, dlogits,
+            n_rows, inner, stride_outer, stride_inner, out_outer, out_inner, vocabulary, span, k, softcap,
+            spread, SQUARES, LOGS, PEAKS, SMOOTHED, WEIGHTED, SOFTCAP, PEEL, NEAR, LANES, WIDTH, MODE,
+        )  # fmt: skip
 
 
 @triton.jit
 def scale_kernel(
     dlogits,  # [N, V]
     upstream,  # [1]
-    inner, out_outer, out_inner, vocabulary,
+    n_rows, inner, out_outer, out_inner, vocabulary,
     LANES: tl.constexpr, WIDTH: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     """dlogits times a scalar on the device; nothing at all when it is 1."""
     scalar = tl.load(upstream).to(tl.float32)
-    if scalar != 1.0:
-        base = dlogits + row_offset(tl.program_id(0), inner, out_outer, out_inner)
+    row = tl.program_id(0)
+    stop = tl.where(scalar != 1.0, n_rows, 0)
+    while row < stop:
+        base = dlogits + row_offset(row, inner, out_outer, out_inner)
         first = 0
         while first < vocabulary:
             columns = first + tl.arange(0, LANES * WIDTH)
@@ -234,6 +259,7 @@ def scale_kernel(
             d = tl.load(base + columns, mask=inside).to(tl.float32) * scalar
             tl.store(base + columns, narrowed(d, dlogits, MODE), mask=inside)
             first += LANES * WIDTH
+        row += tl.num_programs(0)
 
 
 @triton.jit
@@ -251,7 +277,8 @@ def fused_kernel(
     FOCUS: tl.constexpr, FAMILY: tl.constexpr, THROUGH: tl.constexpr, IS_WEIGHT: tl.constexpr,
     BANDED: tl.constexpr, Z_LOSS: tl.constexpr, SMOOTHED: tl.constexpr, WEIGHTED: tl.constexpr,
     SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, TIES: tl.constexpr,
-    PEEL: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, MODE: tl.constexpr,
+    PEEL: tl.constexpr, TAIL: tl.constexpr, NEAR: tl.constexpr,
+    LANES: tl.constexpr, WIDTH: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     label = tl.load(labels + row)
@@ -265,12 +292,14 @@ def fused_kernel(
     if label != ignore_index:
         base = logits + at
         z_target = target_of(base + lead, label, vocabulary, softcap, SOFTCAP)
+        # Before the loop, which hides its latency.
+        factor = tl.load(row_scale + row).to(tl.float32)
         weights = class_weight
         if WEIGHTED:
             weights = class_weight - lead
         peak, offset, s, u, t, zsum = reduce_row(
-            base, start, stop, lead, weights, k, softcap,
-            LANES, WIDTH, SOFTCAP, SMOOTHED, WEIGHTED, ENTROPY, MODE,
+            base, start, stop, weights, k, softcap,
+            LANES, WIDTH, SOFTCAP, SMOOTHED, WEIGHTED, ENTROPY, PEEL, TAIL, NEAR, MODE,
         )  # fmt: skip
         ties = 0.0
         if TIES:
@@ -281,18 +310,18 @@ def fused_kernel(
             vocabulary, k, temperature, alpha, eps, power, scale, floor, low, high, z_loss, smoothing,
             FOCUS, FAMILY, THROUGH, IS_WEIGHT, BANDED, Z_LOSS, SMOOTHED, WEIGHTED, ENTROPY, MODE,
         )  # fmt: skip
-        factor = tl.load(row_scale + row).to(tl.float32)
         # In place: nobody may overwrite a logit that another thread's reduction has still to read.
         tl.debug_barrier()
         if kept != 0.0:
             write_gradient(
-                base, dlogits + to, start, stop, lead, label + lead, z_target, weights, k, softcap, offset,
+                base, dlogits + to, start, stop, label + lead, z_target, weights, k, softcap, offset,
                 peak, a * factor, b * factor, c * factor, peak_grad * factor, target * factor,
                 spread * factor,
                 LANES, WIDTH, SOFTCAP, SMOOTHED, WEIGHTED,
-                THROUGH == BY_COLLISION, THROUGH == BY_ENTROPY, THROUGH == BY_MAX_PROB, MODE,
+                THROUGH == BY_COLLISION, THROUGH == BY_ENTROPY, THROUGH == BY_MAX_PROB,
+                PEEL, NEAR, MODE,
             )  # fmt: skip
     else:
         store_ignored(rows, loss, row, n_rows)
     if kept == 0.0:
-        write_zeros(dlogits + to, start, stop, lead, LANES, WIDTH)
+        write_zeros(dlogits + to, start, stop, LANES, WIDTH, PEEL)

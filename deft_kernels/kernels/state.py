@@ -17,7 +17,8 @@ logits a load, and lanes meet once a row: no barrier and no shuffle in the loop.
 import triton
 import triton.language as tl
 
-from .device import LOWEST, MASKED_LOGIT, comparable, exp2, finite, fma, softcapped, widened
+from .device import INTERPRETED, LOWEST, MASKED_LOGIT, comparable, exp2, finite, fma, softcapped, widened
+from .edges import edge_column, whole_loads
 
 
 @triton.jit
@@ -83,18 +84,68 @@ def absorb(
 
 
 @triton.jit
+def add_pairs(s, u, other_s, other_u):
+    return s + other_s, u + other_u
+
+
+@triton.jit
+def both_sums(s, u, MODE: tl.constexpr):
+    """Sums of two vectors over the lanes, in one meeting of the warps instead of two."""
+    if MODE == INTERPRETED:
+        return tl.sum(s, 0), tl.sum(u, 0)
+    else:
+        return tl.reduce((s, u), 0, add_pairs)
+
+
+@triton.jit
+def absorb_four(
+    z0, z1, z2, z3, peak, offset, s, u, t, k, ENTROPY: tl.constexpr, MODE: tl.constexpr
+):  # fmt: skip
+    """Four tiles of logits, all loaded before the first is used, into the lanes' sums."""
+    z0, z1 = comparable(z0, MODE), comparable(z1, MODE)
+    z2, z3 = comparable(z2, MODE), comparable(z3, MODE)
+    highest = tl.maximum(tl.maximum(z0, z1), tl.maximum(z2, z3))
+    peak = tl.maximum(peak, tl.max(highest, 1).to(tl.float32))
+    moved = offset_of(peak, k)
+    s, u, t = rescale(offset, s, u, t, moved, ENTROPY, MODE)
+    e0, x0 = tile_sums(z0, moved[:, None], k, ENTROPY, MODE)
+    e1, x1 = tile_sums(z1, moved[:, None], k, ENTROPY, MODE)
+    e2, x2 = tile_sums(z2, moved[:, None], k, ENTROPY, MODE)
+    e3, x3 = tile_sums(z3, moved[:, None], k, ENTROPY, MODE)
+    s += tl.sum((e0 + e1) + (e2 + e3), 1)
+    squares = fma(e3, e3, fma(e2, e2, fma(e1, e1, e0 * e0, MODE), MODE), MODE)
+    u += tl.sum(squares, 1)
+    if ENTROPY:
+        t += tl.sum(fma(e3, x3, fma(e2, x2, fma(e1, x1, e0 * x0, MODE), MODE), MODE), 1)
+    return peak, moved, s, u, t
+
+
+@triton.jit
+def load_tail(row_ptr, columns, last, EVICT: tl.constexpr):
+    """A tile in the logits' own dtype; columns from `last` on are -inf."""
+    return tl.load(row_ptr + columns, mask=columns < last, other=float("-inf"), eviction_policy=EVICT)
+
+
+@triton.jit
 def reduce_row(
-    row_ptr, start, stop, lead, class_weight, k, softcap,
+    row_ptr, start, stop, class_weight, k, softcap,
     LANES: tl.constexpr, WIDTH: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHED: tl.constexpr,
-    WEIGHTED: tl.constexpr, ENTROPY: tl.constexpr, MODE: tl.constexpr,
+    WEIGHTED: tl.constexpr, ENTROPY: tl.constexpr, PEEL: tl.constexpr, TAIL: tl.constexpr,
+    NEAR: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     """State (peak, offset, s, u, t, zsum) of the columns [start, stop) of a row, as scalars.
 
-    The first tile begins `lead` columns early, at a 16-byte boundary, and is masked; so is the tail. Between
-    them four tiles a turn are in flight, and the lanes' offsets move once a turn.
+    The columns at the edges go first (see `edges`), then four tiles a turn are in flight, and the lanes'
+    offsets move once a turn; what is left after the last full turn is masked.
+
+    TAIL: those last columns are loaded at once, as one more turn, instead of tile by tile: fewer loads wait
+    for each other.
+    NEAR: the row will be read again soon, and the L2 cache is asked to keep it.
     """
     TILE: tl.constexpr = LANES * WIDTH
-    tile = (tl.arange(0, LANES) * WIDTH)[:, None] + tl.arange(0, WIDTH)[None, :]
+    EVICT: tl.constexpr = "evict_last" if NEAR else ""
+    lane = tl.arange(0, LANES)
+    tile = (lane * WIDTH)[:, None] + tl.arange(0, WIDTH)[None, :]
     peak = tl.full((LANES,), float("-inf"), tl.float32)
     offset = tl.full((LANES,), LOWEST, tl.float32)
     s = tl.zeros((LANES,), tl.float32)
@@ -102,58 +153,58 @@ def reduce_row(
     t = tl.zeros((LANES,), tl.float32)
     zsum = tl.zeros((LANES,), tl.float32)
 
-    first = tl.multiple_of(start - lead, WIDTH)
-    peak, offset, s, u, t, zsum = absorb(
-        row_ptr, first + tile, start, stop, peak, offset, s, u, t, zsum, class_weight, k, softcap,
-        SOFTCAP, SMOOTHED, WEIGHTED, ENTROPY, MODE,
-    )  # fmt: skip
-    first += TILE
-
-    if not (SOFTCAP or SMOOTHED):
-        while first + 4 * TILE <= stop:
-            z0 = tl.load(row_ptr + first + tile)
-            z1 = tl.load(row_ptr + first + TILE + tile)
-            z2 = tl.load(row_ptr + first + 2 * TILE + tile)
-            z3 = tl.load(row_ptr + first + 3 * TILE + tile)
-            z0, z1 = comparable(z0, MODE), comparable(z1, MODE)
-            z2, z3 = comparable(z2, MODE), comparable(z3, MODE)
-            highest = tl.maximum(tl.maximum(z0, z1), tl.maximum(z2, z3))
-            peak = tl.maximum(peak, tl.max(highest, 1).to(tl.float32))
-            moved = offset_of(peak, k)
-            s, u, t = rescale(offset, s, u, t, moved, ENTROPY, MODE)
-            offset = moved
-            e0, x0 = tile_sums(z0, offset[:, None], k, ENTROPY, MODE)
-            e1, x1 = tile_sums(z1, offset[:, None], k, ENTROPY, MODE)
-            e2, x2 = tile_sums(z2, offset[:, None], k, ENTROPY, MODE)
-            e3, x3 = tile_sums(z3, offset[:, None], k, ENTROPY, MODE)
-            s += tl.sum((e0 + e1) + (e2 + e3), 1)
-            squares = fma(e3, e3, fma(e2, e2, fma(e1, e1, e0 * e0, MODE), MODE), MODE)
-            u += tl.sum(squares, 1)
-            if ENTROPY:
-                t += tl.sum(fma(e3, x3, fma(e2, x2, fma(e1, x1, e0 * x0, MODE), MODE), MODE), 1)
-            first += 4 * TILE
-
-    while first < stop:
+    begin, last = whole_loads(start, stop, WIDTH, PEEL)
+    if PEEL:
+        edges = edge_column(lane, start, stop, begin, last, WIDTH)[:, None]
         peak, offset, s, u, t, zsum = absorb(
-            row_ptr, first + tile, start, stop, peak, offset, s, u, t, zsum, class_weight, k, softcap,
+            row_ptr, edges, start, stop, peak, offset, s, u, t, zsum, class_weight, k, softcap,
             SOFTCAP, SMOOTHED, WEIGHTED, ENTROPY, MODE,
         )  # fmt: skip
-        first += TILE
 
-    # Lanes into one, and the lane that holds the row's largest logit summed again without it.
-    lane = tl.arange(0, LANES)
-    joint = tl.max(offset, 0)
-    s, u, t = rescale(offset, s, u, t, joint, ENTROPY, MODE)
+    first = tl.multiple_of(begin + 0, WIDTH)
+    if not (SOFTCAP or SMOOTHED):
+        while first + 4 * TILE <= last:
+            z0 = tl.load(row_ptr + first + tile, eviction_policy=EVICT)
+            z1 = tl.load(row_ptr + first + TILE + tile, eviction_policy=EVICT)
+            z2 = tl.load(row_ptr + first + 2 * TILE + tile, eviction_policy=EVICT)
+            z3 = tl.load(row_ptr + first + 3 * TILE + tile, eviction_policy=EVICT)
+            peak, offset, s, u, t = absorb_four(z0, z1, z2, z3, peak, offset, s, u, t, k, ENTROPY, MODE)
+            first += 4 * TILE
+    if TAIL and not (SOFTCAP or SMOOTHED):
+        if first < last:
+            z0 = load_tail(row_ptr, first + tile, last, EVICT)
+            z1 = load_tail(row_ptr, first + TILE + tile, last, EVICT)
+            z2 = load_tail(row_ptr, first + 2 * TILE + tile, last, EVICT)
+            z3 = load_tail(row_ptr, first + 3 * TILE + tile, last, EVICT)
+            peak, offset, s, u, t = absorb_four(z0, z1, z2, z3, peak, offset, s, u, t, k, ENTROPY, MODE)
+    else:
+        while first < last:
+            peak, offset, s, u, t, zsum = absorb(
+                row_ptr, first + tile, start, last, peak, offset, s, u, t, zsum, class_weight, k, softcap,
+                SOFTCAP, SMOOTHED, WEIGHTED, ENTROPY, MODE,
+            )  # fmt: skip
+            first += TILE
+
+    # Lanes into one, and the lane that holds the row's largest logit summed again without it: without one of
+    # them, should several be equally large, which is the first.
     highest, winner = tl.max(peak, 0, return_indices=True)
+    # The largest of the lanes' offsets: a product with k > 0 keeps the order of the peaks.
+    joint = offset_of(highest, k)
+    s, u, t = rescale(offset, s, u, t, joint, ENTROPY, MODE)
     taken = stop + 0
+    at_edge = stop + 0
+    z_edge = highest
+    if PEEL:
+        at_edge = edge_column(winner, start, stop, begin, last, WIDTH)
+        z_edge = load_masked(row_ptr, at_edge, start, stop, softcap, SOFTCAP)
+        taken = tl.where((z_edge == highest) & (at_edge < begin), at_edge, stop)
     s0 = tl.zeros((LANES,), tl.float32)
     u0 = tl.zeros((LANES,), tl.float32)
     t0 = tl.zeros((LANES,), tl.float32)
-    first = tl.multiple_of(start - lead, WIDTH)
-    while first < stop:
+    first = tl.multiple_of(begin + 0, WIDTH)
+    while first < last:
         columns = first + (lane * TILE)[:, None] + winner * WIDTH + tl.arange(0, WIDTH)[None, :]
-        z = load_masked(row_ptr, columns, start, stop, softcap, SOFTCAP)
-        # One of them, should several be equally large.
+        z = load_masked(row_ptr, columns, start, last, softcap, SOFTCAP)
         taken = tl.minimum(taken, tl.min(tl.min(tl.where(z == highest, columns, stop), 1), 0))
         z = tl.where(columns == taken, float("-inf"), z)
         if ENTROPY:
@@ -164,10 +215,28 @@ def reduce_row(
         if ENTROPY:
             t0 += tl.sum(e * x, 1)
         first += LANES * TILE
-    s = tl.sum(tl.where(lane == winner, 0.0, s) + s0, 0)
-    u = tl.sum(tl.where(lane == winner, 0.0, u) + u0, 0)
-    t = tl.sum(tl.where(lane == winner, 0.0, t) + t0, 0)
-    return highest, joint, s, u, t, tl.sum(zsum, 0)
+    if PEEL:
+        taken = tl.where(z_edge == highest, tl.minimum(taken, at_edge), taken)
+        z_edge = tl.where(at_edge == taken, float("-inf"), z_edge)
+        if ENTROPY:
+            z_edge = finite(z_edge, MASKED_LOGIT)
+        e, x = tile_sums(z_edge, joint, k, ENTROPY, MODE)
+        s0 += tl.where(lane == 0, e, 0.0)
+        u0 += tl.where(lane == 0, e * e, 0.0)
+        if ENTROPY:
+            t0 += tl.where(lane == 0, e * x, 0.0)
+    s = tl.where(lane == winner, 0.0, s) + s0
+    u = tl.where(lane == winner, 0.0, u) + u0
+    if ENTROPY:
+        t = tl.sum(tl.where(lane == winner, 0.0, t) + t0, 0)
+    else:
+        t = 0.0
+    if SMOOTHED:
+        zsum = tl.sum(zsum, 0)
+    else:
+        zsum = 0.0
+    s, u = both_sums(s, u, MODE)
+    return highest, joint, s, u, t, zsum
 
 
 @triton.jit

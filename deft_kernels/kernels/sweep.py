@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from .device import exp2, fma, narrowed, softcapped, widened
+from .edges import edge_column, whole_loads
 
 
 @triton.jit
@@ -38,45 +39,49 @@ def tile_gradient(
 
 @triton.jit
 def write_masked(
-    in_ptr, out_ptr, columns, start, stop, class_weight, k, softcap, offset, peak, a, b, c, peak_grad, spread,
+    in_ptr, out_ptr, columns, stop, class_weight, k, softcap, offset, peak, a, b, c, peak_grad, spread,
     SOFTCAP: tl.constexpr, SMOOTHED: tl.constexpr, WEIGHTED: tl.constexpr, SQUARES: tl.constexpr,
-    LOGS: tl.constexpr, PEAKS: tl.constexpr, MODE: tl.constexpr,
+    LOGS: tl.constexpr, PEAKS: tl.constexpr, EVICT: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the columns of a tile that lie in [start, stop): a row's head and tail."""
-    inside = (columns >= start) & (columns < stop)
-    raw = tl.load(in_ptr + columns, mask=inside, other=0.0)
+    """Gradient of those of the columns that lie below `stop`: the edges of a row, and its last tiles."""
+    inside = columns < stop
+    raw = tl.load(in_ptr + columns, mask=inside, other=0.0, eviction_policy=EVICT)
     d = tile_gradient(
         raw, columns, inside, class_weight, k, softcap, offset, peak, a, b, c, peak_grad, spread,
         SOFTCAP, SMOOTHED, WEIGHTED, SQUARES, LOGS, PEAKS, MODE,
     )  # fmt: skip
-    tl.store(out_ptr + columns, narrowed(d, out_ptr, MODE), mask=inside)
+    tl.store(out_ptr + columns, narrowed(d, out_ptr, MODE), mask=inside, eviction_policy=EVICT)
 
 
 @triton.jit
 def write_gradient(
-    in_ptr, out_ptr, start, stop, lead, label, z_target, class_weight, k, softcap, offset, peak,
+    in_ptr, out_ptr, start, stop, label, z_target, class_weight, k, softcap, offset, peak,
     a, b, c, peak_grad, target, spread,
     LANES: tl.constexpr, WIDTH: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHED: tl.constexpr,
     WEIGHTED: tl.constexpr, SQUARES: tl.constexpr, LOGS: tl.constexpr, PEAKS: tl.constexpr,
-    MODE: tl.constexpr,
+    PEEL: tl.constexpr, NEAR: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the columns [start, stop) of a row; `in_ptr` and `out_ptr` may be the same.
 
     The target's element is written last, over what the loop wrote, instead of being compared everywhere.
+
+    NEAR: this is the last use of the logits, and the gradient is not needed soon: the L2 cache may drop both.
     """
     TILE: tl.constexpr = LANES * WIDTH
-    tile = (tl.arange(0, LANES) * WIDTH)[:, None] + tl.arange(0, WIDTH)[None, :]
-    first = tl.multiple_of(start - lead, WIDTH)
-    if lead > 0:
+    EVICT: tl.constexpr = "evict_first" if NEAR else ""
+    lane = tl.arange(0, LANES)
+    tile = (lane * WIDTH)[:, None] + tl.arange(0, WIDTH)[None, :]
+    first, last = whole_loads(start, stop, WIDTH, PEEL)
+    if PEEL:
+        edges = edge_column(lane, start, stop, first, last, WIDTH)
         write_masked(
-            in_ptr, out_ptr, first + tile, start, stop, class_weight, k, softcap, offset, peak, a, b, c,
-            peak_grad, spread, SOFTCAP, SMOOTHED, WEIGHTED, SQUARES, LOGS, PEAKS, MODE,
+            in_ptr, out_ptr, edges, stop, class_weight, k, softcap, offset, peak, a, b, c, peak_grad, spread,
+            SOFTCAP, SMOOTHED, WEIGHTED, SQUARES, LOGS, PEAKS, EVICT, MODE,
         )  # fmt: skip
-        first += TILE
-    while first + 2 * TILE <= stop:
+    while first + 2 * TILE <= last:
         columns = first + tile
-        raw0 = tl.load(in_ptr + columns)
-        raw1 = tl.load(in_ptr + TILE + columns)
+        raw0 = tl.load(in_ptr + columns, eviction_policy=EVICT)
+        raw1 = tl.load(in_ptr + TILE + columns, eviction_policy=EVICT)
         d0 = tile_gradient(
             raw0, columns, columns >= 0, class_weight, k, softcap, offset, peak, a, b, c, peak_grad, spread,
             SOFTCAP, SMOOTHED, WEIGHTED, SQUARES, LOGS, PEAKS, MODE,
@@ -85,13 +90,13 @@ def write_gradient(
             raw1, TILE + columns, columns >= 0, class_weight, k, softcap, offset, peak, a, b, c, peak_grad,
             spread, SOFTCAP, SMOOTHED, WEIGHTED, SQUARES, LOGS, PEAKS, MODE,
         )  # fmt: skip
-        tl.store(out_ptr + columns, narrowed(d0, out_ptr, MODE))
-        tl.store(out_ptr + TILE + columns, narrowed(d1, out_ptr, MODE))
+        tl.store(out_ptr + columns, narrowed(d0, out_ptr, MODE), eviction_policy=EVICT)
+        tl.store(out_ptr + TILE + columns, narrowed(d1, out_ptr, MODE), eviction_policy=EVICT)
         first += 2 * TILE
-    while first < stop:
+    while first < last:
         write_masked(
-            in_ptr, out_ptr, first + tile, start, stop, class_weight, k, softcap, offset, peak, a, b, c,
-            peak_grad, spread, SOFTCAP, SMOOTHED, WEIGHTED, SQUARES, LOGS, PEAKS, MODE,
+            in_ptr, out_ptr, first + tile, last, class_weight, k, softcap, offset, peak, a, b, c, peak_grad,
+            spread, SOFTCAP, SMOOTHED, WEIGHTED, SQUARES, LOGS, PEAKS, EVICT, MODE,
         )  # fmt: skip
         first += TILE
     if SOFTCAP:
@@ -104,13 +109,16 @@ def write_gradient(
 
 
 @triton.jit
-def write_zeros(out_ptr, start, stop, lead, LANES: tl.constexpr, WIDTH: tl.constexpr):
+def write_zeros(out_ptr, start, stop, LANES: tl.constexpr, WIDTH: tl.constexpr, PEEL: tl.constexpr):
     """Zeros into the columns [start, stop): a row that is not kept, whose logits are not even read."""
     TILE: tl.constexpr = LANES * WIDTH
-    tile = (tl.arange(0, LANES) * WIDTH)[:, None] + tl.arange(0, WIDTH)[None, :]
-    first = tl.multiple_of(start - lead, WIDTH)
-    while first < stop:
+    lane = tl.arange(0, LANES)
+    tile = (lane * WIDTH)[:, None] + tl.arange(0, WIDTH)[None, :]
+    first, last = whole_loads(start, stop, WIDTH, PEEL)
+    if PEEL:
+        edges = edge_column(lane, start, stop, first, last, WIDTH)
+        tl.store(out_ptr + edges, tl.zeros((LANES,), out_ptr.dtype.element_ty), mask=edges < stop)
+    while first < last:
         columns = first + tile
-        zeros = tl.zeros((LANES, WIDTH), out_ptr.dtype.element_ty)
-        tl.store(out_ptr + columns, zeros, mask=(columns >= start) & (columns < stop))
+        tl.store(out_ptr + columns, tl.zeros((LANES, WIDTH), out_ptr.dtype.element_ty), mask=columns < last)
         first += TILE

@@ -11,11 +11,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Launch:
-    """num_warps: warps a program.  turn: columns that a program reads in one turn of its loop."""
+    """num_warps: warps a program.  width: columns of a thread's load.  warp: threads of a warp.
+    tail: a row's last columns as one masked turn, see `state.reduce_row`.
+    near: hints to the L2 cache about a row that is read twice, see there and `sweep.write_gradient`.
+    """
 
     num_warps: int
     width: int
     warp: int = 32
+    tail: bool = False
+    near: bool = False
 
     @property
     def lanes(self) -> int:
