@@ -79,6 +79,20 @@ def test_outside_of_a_tensor(store: bool) -> None:
     assert not run(f"{OWN} {access}", [words(32)]).found
 
 
+def test_cache_hints_change_nothing() -> None:
+    """Of L1 by name, of L2 by a policy in a register."""
+    x, y = np.arange(32, dtype=np.uint32), words(32)
+    body = """
+        createpolicy.fractional.L2::evict_last.b64 %rd8, 1.0;
+        mad.wide.u32 %rd9, %r1, 4, %rd1;
+        mad.wide.u32 %rd10, %r1, 4, %rd2;
+        ld.global.L1::evict_last.L2::cache_hint.b32 %r2, [%rd9], %rd8;
+        st.global.L1::evict_first.b32 [%rd10], %r2;
+    """
+    assert not run(body, [x, y]).found
+    assert np.array_equal(x, y)
+
+
 def test_in_another_tensor() -> None:
     """An address belongs to the tensor that it was made from, even where it hits another one."""
     both = words(64)

@@ -27,6 +27,11 @@ SPECIAL = {
     "%ctaid.x": "S.cta[0]", "%ctaid.y": "S.cta[1]", "%ctaid.z": "S.cta[2]",
     "%nctaid.x": "S.grid[0]", "%nctaid.y": "S.grid[1]", "%nctaid.z": "S.grid[2]",
 }  # fmt: skip
+# Cache hints say where data is kept, not what it is; a policy for L2 is a third operand.
+ACCESS = re.compile(
+    r"(ld|st)\.(global|shared)(?:\.L1::(?:evict_\w+|no_allocate))?(?:\.L2::(?:evict_\w+|cache_hint))?"
+    r"(?:\.v([24]))?\.([bus](?:8|16|32|64)|f32)"
+)
 NO_DESTINATION = ("st.", "bar.", "barrier.", "stmatrix.")
 
 
@@ -264,12 +269,8 @@ class BlockCode:
                 i, f"S.parameters[{names.index(i.operands[1][1:-1])}].view({TYPES[m[1]]})", TYPES[m[1]]
             )
             return
-        # Cache hints change where data is kept, not what it is; sweeps use them.
-        m = re.fullmatch(
-            r"(ld|st)\.(global|shared)(?:\.(?:L1|L2)::evict_\w+)*(?:\.v([24]))?\.([bus](?:8|16|32|64)|f32)",
-            i.opcode,
-        )
-        if m is None or len(i.operands) != 2:
+        m = ACCESS.fullmatch(i.opcode)
+        if m is None or len(i.operands) != (3 if ".L2::cache_hint" in i.opcode else 2):
             raise Unsupported("unknown memory access")
         store, space, vector, kind = m[1] == "st", m[2], int(m[3] or 1), TYPES[m[4]]
         raw, target = f"U{SIZE[kind]}", i.operands[0] if m[1] == "st" else i.operands[1]

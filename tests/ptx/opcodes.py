@@ -278,6 +278,12 @@ def convert_integer(c: BlockCode, i: Instruction, m: re.Match[str]) -> None:
     c.define(i, f"{c.uses(i, TYPES[m[2]])[0]}.astype({TYPES[m[1]]})", TYPES[m[1]])
 
 
+@form(r"createpolicy\.fractional\.L2::evict_(?:first|last|normal|unchanged)\.b64", 2)
+def cache_policy(c: BlockCode, i: Instruction, m: re.Match[str]) -> None:
+    """A hint for later accesses; what it holds is nobody's business."""
+    c.define(i, "U8(0)", "U8")
+
+
 EVERY_LANE = ("-1", "0xffffffff", "4294967295")
 
 
