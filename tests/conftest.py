@@ -23,8 +23,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("ptx", "how kernels run where there is no GPU")
     group.addoption(
-        "--ptx", choices=emulation.CHOICES, default="90", help="compute capability, or the interpreter"
-    )
+        "--ptx", choices=emulation.CHOICES,
+        help="compute capability of the emulated GPU (90), or the interpreter, also by TRITON_INTERPRET=1",
+    )  # fmt: skip
     group.addoption("--ptx-order", choices=("lockstep", "warps", "ctas"), default="lockstep")
     group.addoption("--ptx-seed", type=int, default=0, help="of the order and the noise")
     group.addoption("--ptx-noise", choices=("exact", "hash", "up", "down"), default="exact",
@@ -33,7 +34,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     option = config.getoption
-    emulation.choose(option("--ptx"), option("--ptx-order"), option("--ptx-seed"), option("--ptx-noise"))
+    asked = emulation.INTERPRETER if os.environ.get("TRITON_INTERPRET", "0") == "1" else "90"
+    emulation.choose(
+        option("--ptx") or asked, option("--ptx-order"), option("--ptx-seed"), option("--ptx-noise")
+    )
 
 
 @pytest.hookimpl(wrapper=True)

@@ -90,14 +90,15 @@ def test_without_a_mutant_all_is_well() -> None:
         assert not reports()
 
 
-INSIDE = "inside = (columns >= start) & (columns < stop)"
+# A row of 1,533 columns: edges off a boundary, one turn of four tiles of 256, and masked tiles.
 MASKS = [
-    ("sweep.py", INSIDE, "inside = (columns >= start) & (columns <= stop)"),
-    ("sweep.py", INSIDE, "inside = columns < stop"),
-    ("state.py", INSIDE, "inside = (columns >= start) & (columns <= stop)"),
-    ("state.py", INSIDE, "inside = columns < stop"),
-    ("sweep.py", "while first + 2 * TILE <= stop:", "while first + TILE <= stop:"),
-    ("state.py", "while first + 4 * TILE <= stop:", "while first + 3 * TILE <= stop:"),
+    ("sweep.py", "    inside = columns < stop", "    inside = columns <= stop"),
+    ("sweep.py", "while first + 2 * TILE <= last:", "while first + TILE <= last:"),
+    ("state.py", "(columns >= start) & (columns < stop)", "(columns >= start) & (columns <= stop)"),
+    ("state.py", "while first + 4 * TILE <= last:", "while first + 3 * TILE <= last:"),
+    ("edges.py", "head = tl.where(start + lane < first,", "head = tl.where(start + lane <= first,"),
+    ("edges.py", "tl.where(lane < 2 * WIDTH, tail, stop)", "tl.where(lane < 2 * WIDTH - 1, tail, stop)"),
+    ("edges.py", "(start + WIDTH - 1) // WIDTH * WIDTH", "start // WIDTH * WIDTH"),
 ]  # fmt: skip
 
 
