@@ -56,6 +56,11 @@ def _reports() -> Iterator[None]:
         emulator.reports.take()
 
 
+def whole_suite(config: pytest.Config) -> bool:
+    everything = config.args_source == pytest.Config.ArgsSource.TESTPATHS
+    return everything and not config.option.keyword and not config.option.markexpr
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """A worker of xdist hands over what its kernels ran; the session that has all of it holds the floor."""
     emulator = emulation.emulator()
@@ -69,10 +74,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     whole = session.config.stash.setdefault(COVERAGE, {})
     own.merge(whole)
     whole.update(own.specialisations)
-    config = session.config
-    everything = config.args_source == pytest.Config.ArgsSource.TESTPATHS
-    whole_suite = everything and not config.option.keyword and not config.option.markexpr
-    if whole_suite and session.exitstatus == 0 and emulation.missing(own):
+    if whole_suite(session.config) and session.exitstatus == 0 and emulation.missing(own):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
@@ -89,7 +91,7 @@ def pytest_testnodedown(node: Any, error: object) -> None:
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     emulator = emulation.emulator()
     if emulator is not None and config.stash.get(COVERAGE, {}):
-        for line in emulation.summary(emulator, config.stash[COVERAGE]):
+        for line in emulation.summary(emulator, config.stash[COVERAGE], whole_suite(config)):
             terminalreporter.write_line(line)
 
 

@@ -65,7 +65,7 @@ EXACT = {
     "shannon": objectives.deft(1, detach=False),
     "max": objectives.deft(math.inf, detach=False),
     "eaft": objectives.eaft(detach=False),
-    "cayley": objectives.cayley(detach=False),
+    "cayley": objectives.cayley(detach=False, mean_prob=0.4),
 }
 
 

@@ -69,11 +69,22 @@ def test_to_the_bit_in_every_order(call: str, splits: int, monkeypatch: pytest.M
         assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1]), (order, seed)
 
 
+# Beyond the stated bound when every result errs the same way by all that the manual allows.
+BEYOND = {
+    ("in place, softcap", "shifted"): "1 - (z / softcap)^2 cancels where the cap is reached: 1e-6 absolute",
+    ("through max p", "conflict"): "g + rest cancels where the largest probability is near 1: 7e-5 relative",
+}
+
+
 @pytest.mark.parametrize("noise", ["up", "down", "hash"])
 @pytest.mark.parametrize("kind", ["plain", "confident", "conflict", "shifted", "masked"])
 @pytest.mark.parametrize("call", CALLS)
-def test_within_the_bounds_under_every_error(call: str, kind: str, noise: str) -> None:
+def test_within_the_bounds_under_every_error(
+    call: str, kind: str, noise: str, request: pytest.FixtureRequest
+) -> None:
     """ex2, lg2 and div as wrong as the PTX manual allows."""
+    if noise != "hash" and (call, kind) in BEYOND:
+        request.applymarker(pytest.mark.xfail(reason=BEYOND[call, kind], strict=True))
     z, y = make(kind, 5, 1531, torch.float32)
     exact = z.double().requires_grad_()
     shared = {k: v for k, v in CALLS[call].items() if k not in ("inplace", "grad_in_forward")}
