@@ -40,6 +40,12 @@ BENIGN = tuple(
     for reduction in ("standard.py", "state.py")
 )
 
+# Tests that noise takes beyond the stated bound, by the end of their name, with the reason.
+BEYOND = {
+    "test_every_objective[triton-deft-exact-conflict]": "b (p - sum p^2) cancels where the largest "
+    "probability is near 1: up to 1.1 times the bound in fp32",
+}
+
 _emulator: Emulator | None = None
 
 
