@@ -80,9 +80,13 @@ def source(variant: Variant) -> tuple[ASTSource, dict[str, Any]]:
     spec, options = _spec(variant), variant.options.split(",")
     itemsize, hip = ITEMSIZE[variant.dtype], TARGETS[variant.arch].backend == "hip"
     warp = 64 if hip else 32
-    plans = {"gradient": table.gradient, "fused": table.fused}
     vocabulary = 1 if "ones" in options else VOCABULARY
-    plan = plans.get(variant.kernel, table.statistics)(vocabulary, itemsize, warp)
+    if variant.kernel == "gradient":
+        plan = table.gradient(vocabulary, itemsize, warp)
+    elif variant.kernel == "fused":
+        plan = table.fused(vocabulary, itemsize, call.lean(spec), warp)
+    else:
+        plan = table.statistics(vocabulary, itemsize, spec.needs_entropy, warp)
     kernel = {
         "statistics": row_kernels.statistics_kernel,
         "statistics-stored": row_kernels.statistics_kernel,

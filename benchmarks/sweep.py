@@ -29,6 +29,7 @@ from measure import Case, Inputs, Loss, compare
 
 from deft_kernels import backends, objectives
 from deft_kernels.kernels import launch, table
+from deft_kernels.kernels.call import lean
 from deft_kernels.spec import Spec
 
 DRY = backends.interpreted()
@@ -90,7 +91,7 @@ def launched(kernel: str, candidate: Candidate) -> Iterator[None]:
     """The launchers as if the table held the candidate for this kernel."""
     name = table_of(kernel)
     kept = (getattr(table, name), table.splits, launch.SLICE_TURNS)
-    setattr(table, name, lambda vocabulary, itemsize, warp=32: replace(candidate.plan, warp=warp))
+    setattr(table, name, lambda vocabulary, itemsize, *rest: replace(candidate.plan, warp=rest[-1]))
     if candidate.splits is not None:
         table.splits = lambda *_: candidate.splits
     if candidate.slices is not None:
@@ -143,9 +144,12 @@ STREAMS = {
 }  # fmt: skip
 
 
-def entrants(kernel: str, case: Case, device: torch.device) -> dict[str, Candidate]:
+def entrants(kernel: str, case: Case, objective: str, device: torch.device) -> dict[str, Candidate]:
     """By name; the table's own choice is among them as "table"."""
-    own = Candidate(getattr(table, table_of(kernel))(case.vocabulary, case.dtype.itemsize))
+    row = (case.vocabulary, case.dtype.itemsize)
+    spec = Spec(OBJECTIVES[objective], backend="triton")
+    further = {"statistics": (spec.needs_entropy,), "gradient": (), "fused": (lean(spec),)}[table_of(kernel)]
+    own = Candidate(getattr(table, table_of(kernel))(*row, *further))
     processors = 1 if DRY else torch.cuda.get_device_properties(device).multi_processor_count
     found = {str(c): c for c in candidates(kernel, case.n, case.dtype.itemsize, processors)}
     return {f"table: {own}": own} | found
@@ -153,7 +157,7 @@ def entrants(kernel: str, case: Case, device: torch.device) -> dict[str, Candida
 
 def sweep(kernel: str, case: Case, objective: str, device: torch.device) -> list[dict[str, Any]]:
     """Records of the candidates, the fastest first."""
-    found = entrants(kernel, case, device)
+    found = entrants(kernel, case, objective, device)
     runs = {name: run_of(kernel, candidate, case, objective, device) for name, candidate in found.items()}
     small = replace(case, n=min(case.n, FEW))
     expected, inputs = None, Inputs(small, device, sets=1)
@@ -219,7 +223,7 @@ def main() -> None:
                 kernel, candidate, case, objective
             )
             for kernel, case, objective in jobs
-            for candidate in entrants(kernel, case, device).values()
+            for candidate in entrants(kernel, case, objective, device).values()
         }.values())  # fmt: skip
         context = multiprocessing.get_context("spawn")
         with context.Pool(min(len(programs), os.cpu_count() or 1)) as pool:

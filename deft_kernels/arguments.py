@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +20,24 @@ def check_floats(tensor: Any, name: str) -> None:
         raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
     if tensor.dtype not in FLOATS:
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {tensor.dtype}")
+    check_dense(tensor, name)
+
+
+def check_dense(tensor: Tensor, name: str) -> None:
+    """Before the first question about a shape, which a nested tensor does not answer."""
+    if tensor.is_nested:
+        raise TypeError(
+            f"{name}: expected a dense tensor, got a nested one; for tensors of a jagged layout pass the "
+            "values() of each, all rows in one"
+        )
     if tensor.layout != torch.strided:
         raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {tensor.layout}")
+
+
+def kind_of(value: Any) -> str:
+    """The type's name for a message, with its module where that is not Python's own: numpy.bool."""
+    kind = type(value)
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
 
 
 def check_logits(logits: Any, *, part: bool = False) -> None:
@@ -32,14 +49,32 @@ def check_logits(logits: Any, *, part: bool = False) -> None:
         raise ValueError(f"logits: the vocabulary (last dimension) is empty, shape {tuple(logits.shape)}")
 
 
-def check_no_tangent(tensor: Tensor, name: str = "logits") -> None:
-    """Operators have a backward only; a forward-mode tangent would be dropped without a word."""
-    if getattr(forward_ad, "_current_level", -1) < 0:
-        return
+def check_no_transform(
+    tensor: Tensor, name: str = "logits", instead: str = 'backend="reference" has it'
+) -> None:
+    """Operators have a backward only: no forward-mode tangent, which would be dropped without a word, and
+    none of torch.func's transforms that differentiate, at which torch would fail in words of its own.
+    """
     if forward_ad.unpack_dual(tensor).tangent is not None:
+        raise RuntimeError(f"{name}: forward-mode differentiation is not supported; {instead}")
+    if torch._C._are_functorch_transforms_active() and _differentiated(tensor):
         raise RuntimeError(
-            f'{name}: forward-mode differentiation is not supported; backend="reference" has it'
+            f"{name}: torch.func.grad, vjp, jacrev and hessian are not supported, tensor.backward() and "
+            f"torch.autograd are; {instead}"
         )
+
+
+def _differentiated(tensor: Tensor) -> bool:
+    """Whether a transform of torch.func takes a derivative by `tensor`; False where a trace cannot ask."""
+    if torch.compiler.is_compiling():
+        return False
+    from torch._C._functorch import TransformType, get_interpreter_stack
+
+    kinds = [level.key() for level in get_interpreter_stack() or ()]
+    if not torch.is_grad_enabled() or TransformType.Grad not in kinds:
+        return False
+    # Of a batched tensor inside, requires_grad is False whatever holds outside of vmap.
+    return tensor.requires_grad or TransformType.Vmap in kinds
 
 
 class Outline(NamedTuple):
@@ -55,10 +90,17 @@ def check_labels(labels: Any, logits: Tensor | Outline) -> None:
     if labels.dtype not in INTEGERS:
         hint = " (class probabilities are not supported)" if labels.is_floating_point() else ""
         raise TypeError(f"labels: expected an integer dtype such as int64, got {labels.dtype}{hint}")
+    check_dense(labels, "labels")
     if labels.shape != logits.shape[:-1]:
+        shape = tuple(logits.shape)
+        hint = ""
+        if isinstance(logits, Tensor) and len(shape) > 2 and labels.shape == (shape[0], *shape[2:]):
+            hint = (
+                "; for logits [N, C, ...] as in F.cross_entropy move the classes last: logits.movedim(1, -1)"
+            )
         raise ValueError(
-            f"labels: expected shape {tuple(logits.shape[:-1])}, the logits' {tuple(logits.shape)} without "
-            f"the vocabulary, got {tuple(labels.shape)}"
+            f"labels: expected shape {shape[:-1]}, the logits' {shape} without "
+            f"the vocabulary, got {tuple(labels.shape)}{hint}"
         )
     _same_device("labels", labels, logits)
 
@@ -73,21 +115,53 @@ def check_reduction(reduction: Any) -> None:
         raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
 
 
-def check_ignore_index(ignore_index: Any) -> None:
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, torch.SymInt)):
-        raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
+def integer(name: str, value: Any) -> Any:
+    """`value`, NumPy's integers too, as an int; one that torch.compile made symbolic stays as it is."""
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name}: expected an int, got {kind_of(value)}")
+    return int(value)
+
+
+def label(name: str, value: Any) -> Any:
+    """`value` as an int that a label can have."""
+    value = integer(name, value)
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name}: expected an int64, as labels are, got {value}")
+    return value
+
+
+def check_ignorable(labels: Tensor, ignore_index: int) -> None:
+    """uint8 makes 156 of -100: rows meant to be ignored would train that class."""
+    if labels.dtype == torch.int64:
+        return
+    least, most = torch.iinfo(labels.dtype).min, torch.iinfo(labels.dtype).max
+    if not least <= ignore_index <= most:
+        raise ValueError(
+            f"labels: {labels.dtype} holds {least} to {most} and so no ignore_index of {ignore_index}; give "
+            f"labels of int64 or an ignore_index in that range"
+        )
 
 
 def flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
+        raise TypeError(f"{name}: expected True or False, got {kind_of(value)}")
     return value
+
+
+def real(name: str, value: Any) -> Any:
+    """`value`, NumPy's numbers too, as an int or float; one that torch.compile made symbolic stays so."""
+    if isinstance(value, (int, float, torch.SymInt)) and not isinstance(value, bool):
+        return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected a number, got {kind_of(value)}")
+    return float(value)
 
 
 def number(name: str, value: Any, low: float, high: float = math.inf, *, above: bool = False) -> float:
     """`value` as a float within [low, high], or (low, high] with `above`."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    value = real(name, value)
     # In comparisons, which torch.compile can trace for a symbolic float; NaN fails the first.
     if not low <= value <= high or abs(value) == math.inf or (above and value == low):
         raise ValueError(
@@ -103,6 +177,7 @@ def check_token_weight(token_weight: Any, labels: Tensor, logits: Tensor | Outli
         raise TypeError(f"token_weight: expected a Tensor, got {type(token_weight).__name__}")
     if not (token_weight.is_floating_point() or token_weight.dtype in (torch.bool, *INTEGERS)):
         raise TypeError(f"token_weight: expected a real dtype, got {token_weight.dtype}")
+    check_dense(token_weight, "token_weight")
     if token_weight.shape != labels.shape:
         raise ValueError(
             f"token_weight: expected the labels' shape {tuple(labels.shape)}, got {tuple(token_weight.shape)}"
@@ -117,6 +192,7 @@ def check_class_weight(weight: Any, logits: Tensor | Outline, vocabulary: int, n
         raise TypeError(f"{name}: expected a Tensor, got {type(weight).__name__}")
     if not weight.is_floating_point():
         raise TypeError(f"{name}: expected a floating dtype, got {weight.dtype}")
+    check_dense(weight, name)
     if weight.shape != (vocabulary,):
         raise ValueError(
             f"{name}: expected one weight a class, shape ({vocabulary},), got {tuple(weight.shape)}"
@@ -126,19 +202,21 @@ def check_class_weight(weight: Any, logits: Tensor | Outline, vocabulary: int, n
     _same_device(name, weight, logits)
 
 
-def check_num_items(num_items: Any, reduction: str) -> None:
+def number_of_items(num_items: Any, reduction: str) -> Any:
+    """`num_items` as None, a number or a tensor of one element."""
     if num_items is None:
-        return
+        return None
     if reduction != "mean":
         raise ValueError(f'num_items: replaces the denominator of reduction="mean", given with {reduction!r}')
     if isinstance(num_items, Tensor):
+        check_dense(num_items, "num_items")
         if num_items.numel() != 1:
             raise ValueError(f"num_items: expected one element, got shape {tuple(num_items.shape)}")
-        return
-    if isinstance(num_items, bool) or not isinstance(num_items, (int, float, torch.SymInt)):
-        raise TypeError(f"num_items: expected a number or a Tensor, got {type(num_items).__name__}")
+        return num_items
+    num_items = real("num_items", num_items)
     if not num_items > 0:
         raise ValueError(f"num_items: expected a positive number, got {num_items}")
+    return num_items
 
 
 def check_inplace(logits: Tensor) -> None:

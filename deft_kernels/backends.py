@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 
 import torch
 
@@ -18,6 +19,30 @@ def interpreted() -> bool:
 
 # Found without importing it: a CPU user never pays for the import. A constant, so torch.compile folds it.
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+def _imported_otherwise() -> str | None:
+    """Why Triton as it was imported does not fit TRITON_INTERPRET as it is now; None where it does.
+
+    The variable decides as functions are decorated, Triton's own while it is imported. None as well before
+    that: the import is then still to come.
+    """
+    language = sys.modules.get("triton.language")
+    if language is None:
+        return None
+    # One of Triton's own functions that are written in its language.
+    compiled = isinstance(language.softmax, sys.modules["triton"].JITFunction)
+    if compiled != interpreted():
+        return None
+    state = "set after" if compiled else "set while it was imported, and unset"
+    return (
+        f"TRITON_INTERPRET was {state} Triton was imported{', which compiles since' if compiled else ''}; "
+        "set it before the process starts, or at least before the first import of triton"
+    )
+
+
+# A trace asks once and keeps the answer.
+_imported_otherwise._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _device_obstacle(kind: str, index: int | None) -> str | None:
@@ -38,8 +63,8 @@ def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in KERNEL_DTYPES:
         return f"the kernels take float32, bfloat16 and float16, not {dtype}"
     if device.type == "cpu" and interpreted():
-        return None
-    return _device_obstacle(device.type, device.index)
+        return _imported_otherwise()
+    return _device_obstacle(device.type, device.index) or _imported_otherwise()
 
 
 def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:

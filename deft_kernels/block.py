@@ -54,6 +54,12 @@ def squares(e: Tensor) -> Tensor:
     return u
 
 
+def cap_slope_(x: Tensor) -> Tensor:
+    """1 - tanh(x)^2 in place, as 1 / cosh(x)^2: near saturation the difference has lost its digits, in fp32
+    all of them from |x| = 9 on. Where cosh overflows, beyond 89, the slope is 0 in fp32."""
+    return x.cosh_().reciprocal_().square_()
+
+
 class Block:
     """Scratch of one call and the per-block passes over the vocabulary."""
 
@@ -86,10 +92,17 @@ class Block:
         """z as the loss sees it before the temperature, in the accumulation dtype; may return z itself."""
         cap = self.spec.softcap
         if cap > 0:
-            return torch.div(z, cap, out=out).tanh_().mul_(cap)
+            return self.divided(z, cap, out).tanh_().mul_(cap)
         if z.dtype != self.dtype:
             return out.copy_(z)
         return z
+
+    def divided(self, z: Tensor, cap: float, out: Tensor) -> Tensor:
+        """z / cap into `out`. Half-precision logits are widened first: `div(z, cap, out=)` divides in their
+        dtype and widens the rounded quotient."""
+        if z.dtype == self.dtype:
+            return torch.div(z, cap, out=out)
+        return out.copy_(z).div_(cap)
 
     def column(self, vector: Tensor) -> Tensor:
         """[rows] as [rows, 1] in the dtype of the passes."""
@@ -243,9 +256,7 @@ class Block:
         if e is None:
             e = self._general(self.softcapped(z, work), fields, scale, work)
             if spec.softcap > 0:
-                # d capped / dz = 1 - tanh^2, and tanh is computed anew: `work` no longer holds it.
-                slope = torch.div(z, spec.softcap, out=self.scratch("second", len(z))).tanh_()
-                e.mul_(slope.mul_(slope).neg_().add_(1.0))
+                e.mul_(cap_slope_(self.divided(z, spec.softcap, self.scratch("second", len(z)))))
         else:
             # Not mul(out=out): a narrower `out` would make PyTorch allocate the product first.
             e.mul_(self.column(fields[Field.A] * scale))
@@ -253,8 +264,7 @@ class Block:
             out.copy_(e)
         target = fields[Field.TARGET] * scale
         if spec.softcap > 0:
-            chain = torch.tanh(z.gather(1, index).squeeze(1).to(self.dtype) / spec.softcap)
-            target = target * (1.0 - chain * chain)
+            target = target * cap_slope_(z.gather(1, index).squeeze(1).to(target.dtype) / spec.softcap)
         at = (self.row_numbers[: len(out)], index.squeeze(1))
         target = target.to(out.dtype)
         if elsewhere is not None:

@@ -227,6 +227,22 @@ def gradient(
         drop(target, fields[Field.KEPT], True)
 
 
+def scale(gradient: Tensor, upstream: Tensor, kept: Tensor | None = None) -> None:
+    """gradient [..., K] *= upstream, a scalar; rows that are not `kept` [N] are 0 and stay it."""
+    if upstream.device.type == "cpu":
+        value = upstream.item()
+        if value == 1.0:
+            return
+        gradient.mul_(value)
+        # 0 times inf or NaN, as an upstream is where a loss scale overflows.
+        if kept is not None and not math.isfinite(value):
+            gradient.masked_fill_(~kept.view(*gradient.shape[:-1], 1), 0.0)
+    elif kept is None:
+        gradient.mul_(upstream)
+    else:
+        gradient.mul_(upstream.where(kept, 0.0).view(*gradient.shape[:-1], 1))
+
+
 def match_upstream(
     dlogits: Tensor,
     upstream: Tensor,
@@ -245,9 +261,9 @@ def match_upstream(
         # A power of two moves bf16's exponent and nothing else; fp16 may have lost digits to underflow.
         exact = dlogits.dtype == torch.bfloat16 and abs(math.frexp(value)[0]) == 0.5
         if logits is None or exact or dlogits.dtype in (torch.float32, torch.float64):
-            dlogits.mul_(value)
+            scale(dlogits, upstream, rows[Field.KEPT] != 0)
             return
     elif logits is None:
-        dlogits.mul_(upstream)
+        scale(dlogits, upstream, rows[Field.KEPT] != 0)
         return
     gradient(logits, labels, class_weight, rows, upstream * row_scale, spec, dlogits)

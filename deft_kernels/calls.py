@@ -2,22 +2,55 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import arguments
+from .objectives import TABLE, Objective, resolve
 from .parallel import Shard, resolved
 from .reductions import class_weights
-from .statistics import Field, RowStatistics
+from .statistics import Field, RowStatistics, with_stand_ins
 
 RowLoss = Callable[[RowStatistics], Tensor]
 
 
+def described(objective: Any) -> Objective | RowLoss:
+    """What a call's `objective` stands for: a description, or a function of RowStatistics.
+
+    Raises: as `objectives.resolve`; TypeError for what can be called, but not with RowStatistics.
+    """
+    if isinstance(objective, (str, Objective)):
+        return resolve(objective)
+    if not callable(objective):
+        kind = arguments.kind_of(objective)
+        raise TypeError(
+            f"objective: expected a name, an Objective or a function of RowStatistics, got {kind}"
+        )
+    made = objective.func if isinstance(objective, functools.partial) else objective
+    if any(made is build for build in TABLE.values()):
+        name = made.__name__
+        raise TypeError(f"objective: got the function objectives.{name}; call it: objectives.{name}(...)")
+    if isinstance(objective, type):
+        raise TypeError(
+            f"objective: got the class {objective.__name__}; expected an instance that takes RowStatistics"
+        )
+    if isinstance(objective, nn.Module):
+        package = type(objective).__module__.partition(".")[0]
+        if isinstance(objective, nn.CrossEntropyLoss) or package in ("torch", __package__):
+            raise TypeError(
+                f"objective: expected a function of RowStatistics, and {type(objective).__name__} is none; "
+                'cross-entropy is objective="nll"'
+            )
+    return objective
+
+
 def aligned(labels: Tensor, shift: bool, ignore_index: int) -> Tensor:
     """Flat int64 labels; with `shift`, position t gets the label of t + 1 and the last one ignore_index."""
+    arguments.check_ignorable(labels, ignore_index)
     labels = labels.long()
     if shift:
         if labels.dim() == 0:
@@ -28,9 +61,17 @@ def aligned(labels: Tensor, shift: bool, ignore_index: int) -> Tensor:
     return labels.reshape(-1).contiguous()
 
 
-def transform(softcap: Any, temperature: Any) -> dict[str, Any]:
-    cap = 0.0 if softcap is None else arguments.number("softcap", softcap, 0.0, above=True)
-    return {"softcap": cap, "temperature": arguments.number("temperature", temperature, 0.0, above=True)}
+def transform(logit_scale: Any, softcap: Any, temperature: Any) -> dict[str, Any]:
+    """z = softcap tanh(logit_scale x / softcap) / temperature as a softcap and a temperature alone.
+
+    Those are the given ones divided by the scale, so that no kernel multiplies by it.
+    """
+    scale = arguments.number("logit_scale", logit_scale, 0.0, above=True)
+    cap = 0.0 if softcap is None else arguments.number("softcap", softcap, 0.0, above=True) / scale
+    return {
+        "softcap": cap,
+        "temperature": arguments.number("temperature", temperature, 0.0, above=True) / scale,
+    }
 
 
 def shard_of(group: Any, width: int, device: torch.device, backend: str) -> Shard | None:
@@ -59,12 +100,20 @@ def statistics_record(rows: Tensor, shape: torch.Size) -> RowStatistics:
 
 
 def own_rows(
-    objective: RowLoss, stats: RowStatistics, weight: Tensor | None, labels: Tensor, z_loss: float
+    objective: RowLoss,
+    stats: RowStatistics,
+    weight: Tensor | None,
+    labels: Tensor,
+    valid: Tensor,
+    z_loss: float,
 ) -> Tensor:
+    """Losses [N] of a function of the statistics, 0 where a row is not valid; labels and valid are flat."""
+    stats = with_stand_ins(stats, valid.reshape(stats.logp.shape))
     rows = objective(stats)
     if not isinstance(rows, Tensor) or rows.shape != stats.logp.shape:
         got = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
         raise ValueError(f"objective: must return one loss a row, shape {tuple(stats.logp.shape)}, got {got}")
     if weight is not None:
         rows = rows * class_weights(weight, labels, rows.dtype).reshape(rows.shape)
-    return rows + z_loss * stats.lse**2 if z_loss > 0 else rows
+    rows = rows + z_loss * stats.lse**2 if z_loss > 0 else rows
+    return torch.where(valid, rows.reshape(-1), 0.0)

@@ -151,7 +151,7 @@ def _with_batch_mean(backend: Any, chunks: Chunks, labels: Tensor, ignore_index:
         rows = backend.row_loss(chunk.logits, labels[chunk.rows], None, ignore_index, plain)[1]
         logp[chunk.rows] = rows[Field.LOGP].double()
     mean = float(batch_mean(logp, labels != ignore_index, spec.objective.batch_group))
-    return replace(spec, objective=replace(spec.objective, mean_prob=mean))
+    return replace(spec, objective=replace(spec.objective, mean_prob=mean, batch_group=""))
 
 
 def row_loss(

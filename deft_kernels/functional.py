@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from . import arguments, backends, objectives, operators, reference
-from .calls import RowLoss, aligned, own_rows, shard_of, statistics_record, transform
+from .calls import RowLoss, aligned, described, own_rows, shard_of, statistics_record, transform
 from .dtensors import is_dtensor, loss_of_dtensor, statistics_of_dtensor
+from .keywords import named
 from .objectives import Objective
 from .parallel import VocabShard
 from .reductions import Reduction, Weighting, in_forward
@@ -42,7 +43,8 @@ def deft_loss(
 def deft_loss(
     logits: Tensor, labels: Tensor, *, return_stats: Literal[True], **keywords: Any
 ) -> tuple[Tensor, RowStatistics]: ...
-def deft_loss(  # type: ignore[misc]  # the overloads tell the return type apart, not the keywords
+@named  # type: ignore[misc]  # the overloads tell the return type apart, not the keywords
+def deft_loss(
     logits: Tensor,
     labels: Tensor,
     *,
@@ -53,6 +55,7 @@ def deft_loss(  # type: ignore[misc]  # the overloads tell the return type apart
     weight: Tensor | None = None,
     num_items: Tensor | float | None = None,
     shift: bool = False,
+    logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
     z_loss: float = 0.0,
@@ -65,7 +68,7 @@ def deft_loss(  # type: ignore[misc]  # the overloads tell the return type apart
 ) -> Tensor | tuple[Tensor, RowStatistics]:
     """Token loss with a trust gate; a drop-in for `torch.nn.functional.cross_entropy` on [..., V] logits.
 
-    With p = softmax(z), z = softcap tanh(logits / softcap) / temperature, and y the label of a row:
+    With p = softmax(z), z = softcap tanh(logit_scale logits / softcap) / temperature, y the label of a row:
 
         deft (default):  loss = (1 - p_y^alpha) / alpha,  alpha = sum_j p_j^2 held constant
         gradient:        dloss/dz_j = p_y^alpha (p_j - [j = y])
@@ -78,24 +81,36 @@ def deft_loss(  # type: ignore[misc]  # the overloads tell the return type apart
 
     Args:
         logits: [..., V], fp32, bf16, fp16 or fp64; any strides. -inf (masked vocabulary) is legal. A DTensor
-            gives DTensors back, its rows counting as one batch (docs/parallel.md).
-        labels: [...], integer. Rows whose label is `ignore_index` count for nothing.
+            gives DTensors back, its rows counting as one batch (docs/parallel.md). The classes are always
+            the last dimension, where `F.cross_entropy` wants [N, C, T]: move them there, movedim(1, -1). With
+            C = T nobody can tell, and the loss is that of other numbers.
+        labels: [...], integer, of a dtype that holds `ignore_index`. Rows whose label it is count for
+            nothing, whatever their logits and their upstream hold.
         objective: a name, an `objectives.Objective`, or a function of differentiable `RowStatistics` that
-            returns each row's loss (see `row_statistics`).
+            returns each row's loss (see `row_statistics`). In place of an ignored row the function sees one
+            with probabilities 1/2, 1/4, 1/4, so that no parameter of its own gets a NaN from there.
         reduction: "mean" divides the sum by the number of rows that are neither ignored nor dropped by a
-            band on p (with `weight`: by the sum of their w_y); "sum"; "none": [...], zero at ignored rows.
+            band on p (with `weight`: by the sum of their w_y, and where that is 0 the mean is NaN, as in
+            F.cross_entropy); "sum"; "none": [...], zero at ignored rows.
         token_weight: [...], scales each row's loss and leaves the denominator; differentiable.
         weight: [V], per class, as in `nn.CrossEntropyLoss`; z-loss is not weighted.
-        num_items: replaces the mean's denominator (gradient accumulation); a number or one-element tensor.
+        num_items: replaces the mean's denominator (gradient accumulation); a number or one-element tensor,
+            which may be 0 where no row counts.
         shift: align causal labels: position t is scored against labels[..., t + 1]. Pads the labels, never
             slices the logits; the last position counts for nothing.
-        softcap, temperature: act on the logits before everything else; the gradient is by the logits given.
-        z_loss, label_smoothing: factors, see above.
+        logit_scale, softcap, temperature: positive; act on the logits, in this order, before everything else.
+            The gradient is by the logits given. Folded into one another, so the scale costs nothing.
+        z_loss, label_smoothing: factors, see above. Under torch.compile these numbers and the objective's are
+            constants of the graph: each new value compiles anew, and after eight torch runs the call
+            uncompiled. num_items may change from call to call. A NumPy number breaks the graph.
         inplace: the backward overwrites the logits with their gradient; a later use of them in autograd
             raises. Saves one [N, V] tensor.
         grad_in_forward: make the gradient in the forward, in the same visit to the logits. None: where it
             pays (CPU, mean or sum, not under torch.compile). True needs "mean" or "sum", and an objective
             whose rows do not wait for the batch; with `inplace` the forward itself overwrites the logits.
+            For an upstream that is not 1 that gradient is scaled, which in half precision rounds it a second
+            time: up to 1.5 ulp in all instead of 0.5. In fp16 a loss scale comes too late for entries that
+            were rounded to 0, those below 3e-8: a RuntimeWarning says so, once.
         return_stats: also return the rows' `RowStatistics`, from the same pass, detached.
         group: torch.distributed ranks that split the vocabulary: the logits are this rank's columns,
             [..., V_r], in the order of the ranks, uneven or none at all; labels, `weight` and everything else
@@ -107,35 +122,36 @@ def deft_loss(  # type: ignore[misc]  # the overloads tell the return type apart
     Returns: the loss in nats, fp32 (fp64 for fp64 logits): a scalar, or [...] with reduction="none"; with
         return_stats the pair (loss, RowStatistics). With no row to count, a mean is 0, not NaN.
     Raises: TypeError, ValueError for arguments that cannot be honoured, named in the message; IndexError for
-        a label outside [0, V) on the CPU. On a GPU such a row's loss is NaN and nothing out of bounds is
-        read; DEFT_KERNELS_VALIDATE=1 raises there too, at the price of a device synchronisation.
+        a label outside [0, V) on the CPU. On a GPU such a row's loss and gradient are NaN, and nothing
+        out of bounds is read; DEFT_KERNELS_VALIDATE=1 raises there too, for a device synchronisation.
     Memory: forward 1 read of the logits; backward 1 read and 1 write. Saved: the logits and 18 numbers a
         row. Gradient in the forward: 1 read and 1 write in all, the gradient alive from the forward on.
         With a group: one all-gather of 5 numbers a row in the forward, 6 with label smoothing, one more for
         exact gradients through max p; nothing in the backward.
-    Limits: |logits| / temperature below 1.8e8 in the largest of a row, NaN beyond. First derivatives only, in
-        reverse mode (backend="reference": any).
+    Limits: |logits| / temperature below 1.8e8 in the largest of a row, NaN beyond. First derivatives only, by
+        backward() and torch.autograd; neither forward mode nor torch.func (backend="reference": any).
     Source: DEFT, arXiv:2602.11424.
     """
+    objective = described(objective)
+    ignore_index = arguments.label("ignore_index", ignore_index)
     if is_dtensor(logits):
         return loss_of_dtensor(deft_loss, logits, labels, {
             "objective": objective, "reduction": reduction, "ignore_index": ignore_index,
             "token_weight": token_weight, "weight": weight, "num_items": num_items, "shift": shift,
-            "softcap": softcap, "temperature": temperature, "z_loss": z_loss,
+            "logit_scale": logit_scale, "softcap": softcap, "temperature": temperature, "z_loss": z_loss,
             "label_smoothing": label_smoothing, "inplace": inplace, "grad_in_forward": grad_in_forward,
             "return_stats": return_stats, "group": group, "backend": backend,
         })  # fmt: skip
     arguments.check_logits(logits, part=group is not None)
     arguments.check_labels(labels, logits)
     arguments.check_reduction(reduction)
-    arguments.check_ignore_index(ignore_index)
     arguments.check_token_weight(token_weight, labels, logits)
-    arguments.check_num_items(num_items, reduction)
+    num_items = arguments.number_of_items(num_items, reduction)
     for name, value in (("shift", shift), ("inplace", inplace), ("return_stats", return_stats)):
         arguments.flag(name, value)
     if grad_in_forward is not None:
         arguments.flag("grad_in_forward", grad_in_forward)
-    settings = transform(softcap, temperature)
+    settings = transform(logit_scale, softcap, temperature)
     settings["z_loss"] = arguments.number("z_loss", z_loss, 0.0)
     settings["label_smoothing"] = arguments.number("label_smoothing", label_smoothing, 0.0, 1.0)
     chosen = backends.choose(backend, logits.device, logits.dtype)
@@ -146,42 +162,44 @@ def deft_loss(  # type: ignore[misc]  # the overloads tell the return type apart
     weight = None if weight is None else weight.contiguous()
     weighting = Weighting(reduction, token_weight, weight, num_items)
 
-    if callable(objective) and not isinstance(objective, Objective):
+    if not isinstance(objective, Objective):
         _refuse_for_function(inplace, grad_in_forward, settings["label_smoothing"])
         stats = row_statistics(
             logits,
             flat.reshape(shape),
             ignore_index=ignore_index,
+            logit_scale=logit_scale,
             softcap=softcap,
             temperature=temperature,
             group=group,
             backend=backend,
         )
-        rows = own_rows(objective, stats, weight, flat, settings["z_loss"])
         valid = flat != ignore_index
-        loss = weighting.reduce(torch.where(valid, rows.reshape(-1), 0.0), valid, flat)
+        loss = weighting.reduce(
+            own_rows(objective, stats, weight, flat, valid, settings["z_loss"]), valid, flat
+        )
         loss = loss.reshape(shape) if reduction == "none" else loss
         detached = RowStatistics(*(s.detach() for s in stats if s is not None))
         return (loss, detached) if return_stats else loss
 
-    described = objectives.resolve(objective)
     if chosen == "reference":
         for name, asked in (("inplace", inplace), ("grad_in_forward", grad_in_forward)):
             if asked:
                 raise ValueError(f'{name}: not available with backend="reference", which uses autograd')
-        if described.batch_group:
+        if objective.batch_group:
             raise ValueError('batch_group: not available with backend="reference", which is one process')
         return _reference(
-            logits, flat.reshape(shape), described, weighting, ignore_index, settings, return_stats
+            logits, flat.reshape(shape), objective, weighting, ignore_index, settings, return_stats
         )
 
-    arguments.check_no_tangent(logits)
+    arguments.check_no_transform(logits)
     if inplace:
         arguments.check_inplace(logits)
-    spec = Spec(described, **settings, statistics=return_stats, inplace=inplace, backend=chosen, shard=shard)
+    spec = Spec(objective, **settings, statistics=return_stats, inplace=inplace, backend=chosen, shard=shard)
     logits = _addressable(logits)
-    differentiate = torch.is_grad_enabled() and logits.requires_grad
-    if differentiate and in_forward(grad_in_forward, spec, weighting, logits):
+    # Asked first, as what cannot be honoured raises in evaluation too.
+    forward = in_forward(grad_in_forward, spec, weighting, logits)
+    if forward and torch.is_grad_enabled() and logits.requires_grad:
         loss, rows = _loss_with_gradient(logits, flat, weighting, ignore_index, spec)
     else:
         code, numbers = spec.encode()
@@ -238,12 +256,14 @@ def _reference(
     return (loss, RowStatistics(**stats)) if return_stats else loss
 
 
+@named
 def row_statistics(
     logits: Tensor,
     labels: Tensor,
     *,
     ignore_index: int = -100,
     shift: bool = False,
+    logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
     group: ProcessGroup | VocabShard | None = None,
@@ -273,24 +293,26 @@ def row_statistics(
     """
     if is_dtensor(logits):
         return statistics_of_dtensor(row_statistics, logits, labels, {
-            "ignore_index": ignore_index, "shift": shift, "softcap": softcap, "temperature": temperature,
-            "group": group, "backend": backend,
+            "ignore_index": ignore_index, "shift": shift, "logit_scale": logit_scale, "softcap": softcap,
+            "temperature": temperature, "group": group, "backend": backend,
         })  # fmt: skip
     arguments.check_logits(logits, part=group is not None)
     arguments.check_labels(labels, logits)
-    arguments.check_ignore_index(ignore_index)
+    ignore_index = arguments.label("ignore_index", ignore_index)
     arguments.flag("shift", shift)
-    settings = transform(softcap, temperature)
+    settings = transform(logit_scale, softcap, temperature)
     chosen = backends.choose(backend, logits.device, logits.dtype)
     shard = shard_of(group, logits.shape[-1], logits.device, chosen)
     shape, flat = labels.shape, aligned(labels, shift, ignore_index)
     if chosen == "reference":
         operators.check_labels(flat, logits.shape[-1], ignore_index)
         valid = (flat != ignore_index).reshape(shape)
-        z = reference.transformed(logits, softcap, temperature).masked_fill(~valid.unsqueeze(-1), 0.0)
+        z = reference.transformed(logits, settings["softcap"] or None, settings["temperature"]).masked_fill(
+            ~valid.unsqueeze(-1), 0.0
+        )
         values = reference.statistics(z, flat.reshape(shape), ignore_index)
         return RowStatistics(**{name: value.masked_fill(~valid, 0) for name, value in values.items()})
-    arguments.check_no_tangent(logits)
+    arguments.check_no_transform(logits)
     spec = Spec(objectives.of_statistics(), **settings, statistics=True, backend=chosen, shard=shard)
     code, numbers = spec.encode()
     outputs = operators.row_statistics(_addressable(logits), flat, ignore_index, code, numbers)

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import objectives
+from .arguments import check_dense, check_no_transform, kind_of
 from .formulas import evaluate, outside_band
+from .keywords import named
 from .objectives import Objective
 from .parallel import batch_mean
 from .statistics import Field
@@ -41,16 +42,24 @@ class RowFormula(torch.autograd.Function):
         value = evaluate(objective, {f: s for f, s in given.items() if s is not None}, mean_prob)
         kept = valid & ~outside_band(objective, logp.exp())
         derivatives = (value.d_logp, value.d_collision, value.d_entropy, value.d_max_prob)
-        ctx.save_for_backward(*(None if d is None else d.masked_fill(~kept, 0.0) for d in derivatives))
-        return value.loss.masked_fill(~kept, 0.0)
+        ctx.save_for_backward(kept, *derivatives)
+        return value.loss.where(kept, 0.0)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> Any:
-        grads = (None if d is None else d * dloss for d in ctx.saved_tensors)
+        # Not once_differentiable, which speaks up only when dloss itself carries a graph.
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "gated_loss: the backward is not differentiable a second time (create_graph=True); "
+                "deft_kernels.reference.row_objective is"
+            )
+        kept, *derivatives = ctx.saved_tensors
+        # The product is masked, not a factor: an upstream of inf or NaN times 0 would be NaN.
+        grads = (None if d is None else (d * dloss).where(kept, 0.0) for d in derivatives)
         return (*grads, None, None)
 
 
+@named
 def gated_loss(
     logp: Tensor,
     log_collision: Tensor | None = None,
@@ -71,10 +80,12 @@ def gated_loss(
         max_prob: [...], max p; needed by deft(order=inf).
         objective: a name or an Objective.
         valid: [...], bool; the rows over which `cayley` takes its mean p, and the rows that are not zero.
+            Where it is False nothing is read and no gradient passes, NaN or infinite ones included.
     Returns: [...], each row's loss in the dtype of logp (fp32 for fp16 and bf16); rows outside a band on p,
         or not `valid`, are 0. Differentiable in logp, and through the gate in the statistics when the
         objective has detach=False.
-    Raises: ValueError when the objective needs a statistic that is not given, or shapes differ.
+    Raises: ValueError when the objective needs a statistic that is not given, or shapes differ; RuntimeError
+        in a backward with create_graph=True.
     Source: arXiv:2602.11424.
     """
     described = objectives.resolve(objective)
@@ -90,13 +101,29 @@ def gated_loss(
         raise ValueError(f"{name}: needed by objective {described.name!r} with focus {described.focus!r}")
     if not isinstance(logp, Tensor) or not logp.is_floating_point():
         raise TypeError("logp: expected a floating Tensor")
+    check_dense(logp, "logp")
     for key, tensor in (*given.items(), ("valid", valid)):
-        if tensor is not None and tensor.shape != logp.shape:
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{key}: expected a Tensor, got {kind_of(tensor)}")
+        check_dense(tensor, key)
+        if tensor.shape != logp.shape:
             raise ValueError(
                 f"{key}: expected the shape of logp {tuple(logp.shape)}, got {tuple(tensor.shape)}"
             )
+    for key, tensor in (("logp", logp), *given.items()):
+        if tensor is not None:
+            check_no_transform(tensor, key, "deft_kernels.reference has the formulas in plain PyTorch")
     dtype = torch.float64 if logp.dtype == torch.float64 else torch.float32
-    collision = None if log_collision is None else log_collision.to(dtype).exp()
-    others = (None if s is None else s.to(dtype) for s in (entropy, max_prob))
     mask = torch.ones_like(logp, dtype=torch.bool) if valid is None else valid.bool()
-    return RowFormula.apply(logp.to(dtype), collision, *others, mask, described)
+
+    def counted(statistic: Tensor | None) -> Tensor | None:
+        """Zero where a row is not valid: whatever stands there, exp and its derivative are finite."""
+        if statistic is None:
+            return None
+        return statistic.to(dtype) if valid is None else statistic.to(dtype).where(mask, 0.0)
+
+    collision = counted(log_collision)
+    collision = None if collision is None else collision.exp()
+    return RowFormula.apply(counted(logp), collision, counted(entropy), counted(max_prob), mask, described)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from . import arguments, backends, linear_operators, objectives
-from .calls import RowLoss, aligned, own_rows, shard_of, statistics_record, transform
+from .calls import RowLoss, aligned, described, own_rows, shard_of, statistics_record, transform
 from .dtensors import is_dtensor
 from .functional import deft_loss
 from .gathered import whole
+from .keywords import named
 from .objectives import Objective
 from .parallel import VocabShard
 from .reductions import Reduction, Weighting, in_forward_obstacle
@@ -35,7 +36,7 @@ def _check_head(hidden: Any, weight: Any, bias: Any, part: bool) -> None:
         arguments.check_floats(tensor, name)
         if name != "hidden" and tensor.device != hidden.device:
             raise ValueError(f"{name}: is on {tensor.device}, hidden is on {hidden.device}")
-        arguments.check_no_tangent(tensor, name)
+        arguments.check_no_transform(tensor, name)
     if hidden.dim() == 0 or hidden.shape[-1] == 0:
         raise ValueError(f"hidden: expected shape [..., D] with D > 0, got {tuple(hidden.shape)}")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
@@ -53,7 +54,12 @@ def _product_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch
     """The dtype `F.linear` would multiply in: autocast's, which leaves float64 alone, or the tensors' own."""
     others = (("weight", weight),) if bias is None else (("weight", weight), ("bias", bias))
     kind = hidden.device.type
-    if torch.is_autocast_enabled(kind) and torch.float64 not in (hidden.dtype, weight.dtype):
+    # The meta device has no autocast, and raises when asked for it.
+    if (
+        kind != "meta"
+        and torch.is_autocast_enabled(kind)
+        and torch.float64 not in (hidden.dtype, weight.dtype)
+    ):
         return torch.get_autocast_dtype(kind)
     for name, tensor in others:
         if tensor.dtype != hidden.dtype:
@@ -64,11 +70,10 @@ def _product_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch
 def _budget(chunk_bytes: Any, hidden: Tensor) -> int:
     if chunk_bytes is None:
         return CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES_ELSEWHERE)
-    if isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int):
-        raise TypeError(f"chunk_bytes: expected an int, got {type(chunk_bytes).__name__}")
-    if chunk_bytes < 1:
-        raise ValueError(f"chunk_bytes: expected a positive number of bytes, got {chunk_bytes}")
-    return chunk_bytes
+    budget: int = arguments.integer("chunk_bytes", chunk_bytes)
+    if budget < 1:
+        raise ValueError(f"chunk_bytes: expected a positive number of bytes, got {budget}")
+    return budget
 
 
 @overload
@@ -91,7 +96,8 @@ def fused_linear_deft_loss(
     return_stats: Literal[True],
     **keywords: Any,
 ) -> tuple[Tensor, RowStatistics]: ...
-def fused_linear_deft_loss(  # type: ignore[misc]  # the overloads tell the return type apart
+@named  # type: ignore[misc]  # the overloads tell the return type apart
+def fused_linear_deft_loss(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
@@ -139,7 +145,8 @@ def fused_linear_deft_loss(  # type: ignore[misc]  # the overloads tell the retu
         label_smoothing, return_stats, backend: as in `deft_loss`. backend="reference" is not chunked.
 
     Returns: as `deft_loss`. The logits are those that F.linear would give, in its dtype; the gradients have
-        the dtype of hidden, weight and bias, that of weight and bias summed in fp32 and cast once.
+        the dtype of hidden, weight and bias, that of weight and bias summed in fp32 and cast once. Gradients
+        made in the forward (see Memory) are scaled by an upstream that is not 1, and rounded once more.
     Raises: as `deft_loss`; TypeError for hidden, weight and bias of different dtypes without autocast.
     Memory: chunk_bytes, 18 numbers a row, and the gradients that are wanted; with half-precision products and
         more than one chunk also dW in fp32 until it is cast; under autocast the weight's copy in its dtype.
@@ -154,9 +161,10 @@ def fused_linear_deft_loss(  # type: ignore[misc]  # the overloads tell the retu
         for cayley's mean p.
     Source: DEFT, arXiv:2602.11424.
     """
+    objective = described(objective)
     arguments.check_reduction(reduction)
-    arguments.check_ignore_index(ignore_index)
-    arguments.check_num_items(num_items, reduction)
+    ignore_index = arguments.label("ignore_index", ignore_index)
+    num_items = arguments.number_of_items(num_items, reduction)
     for name, value in (("shift", shift), ("return_stats", return_stats)):
         arguments.flag(name, value)
     if group is not None and (is_dtensor(weight) or is_dtensor(bias)):
@@ -167,8 +175,7 @@ def fused_linear_deft_loss(  # type: ignore[misc]  # the overloads tell the retu
     arguments.check_labels(labels, outline)
     arguments.check_token_weight(token_weight, labels, outline)
     budget = _budget(chunk_bytes, hidden)
-    scale = arguments.number("logit_scale", logit_scale, 0.0, above=True)
-    settings = transform(softcap, temperature)
+    settings = transform(logit_scale, softcap, temperature)
     settings["z_loss"] = arguments.number("z_loss", z_loss, 0.0)
     settings["label_smoothing"] = arguments.number("label_smoothing", label_smoothing, 0.0, 1.0)
     product = _product_dtype(hidden, weight, bias)
@@ -179,17 +186,15 @@ def fused_linear_deft_loss(  # type: ignore[misc]  # the overloads tell the retu
     if chosen == "reference":
         options: dict[str, Any] = {"num_items": num_items, "shift": shift, "return_stats": return_stats}
         options |= {"objective": objective, "reduction": reduction, "ignore_index": ignore_index, **settings}
-        options |= {"softcap": softcap, "token_weight": token_weight, "weight": class_weight}
-        logits = torch.nn.functional.linear(hidden, weight, bias) * scale
+        options |= {"logit_scale": logit_scale, "softcap": softcap, "temperature": temperature}
+        options |= {"token_weight": token_weight, "weight": class_weight}
+        logits = torch.nn.functional.linear(hidden, weight, bias)
         return deft_loss(logits, labels, backend=backend, **options)
 
-    # scale * x enters softcap * tanh(x / softcap) / temperature as another softcap and temperature.
-    settings["softcap"] /= scale
-    settings["temperature"] /= scale
     class_weight = None if class_weight is None else class_weight.contiguous()
     call = _Call(hidden, weight, bias, aligned(labels, shift, ignore_index), ignore_index, product, budget)
     weighting = Weighting(reduction, token_weight, class_weight, num_items)
-    if callable(objective) and not isinstance(objective, Objective):
+    if not isinstance(objective, Objective):
         if settings["label_smoothing"] > 0:
             raise ValueError(
                 "label_smoothing: not available with an objective that is a function of RowStatistics"
@@ -197,8 +202,7 @@ def fused_linear_deft_loss(  # type: ignore[misc]  # the overloads tell the retu
         spec = Spec(objectives.of_statistics(), **settings, statistics=True, backend=chosen, shard=shard)
         loss, stats = call.of_function(objective, spec, weighting, labels.shape)
     else:
-        described = objectives.resolve(objective)
-        spec = Spec(described, **settings, statistics=return_stats, backend=chosen, shard=shard)
+        spec = Spec(objective, **settings, statistics=return_stats, backend=chosen, shard=shard)
         loss, rows = call.of_objective(spec, weighting)
         stats = statistics_record(rows, labels.shape)
     loss = loss.reshape(labels.shape) if reduction == "none" else loss
@@ -245,8 +249,9 @@ class _Call:
         if not any(self.wanted) or self.product == torch.float16:
             return False
         # The extra pass for cayley's mean belongs to the operator here, so its rows wait for nothing.
-        known = replace(spec, objective=replace(spec.objective, mean_prob=spec.objective.mean_prob or 0.0))
-        return in_forward_obstacle(known, weighting) is None
+        if spec.objective.needs_batch:
+            spec = replace(spec, objective=replace(spec.objective, mean_prob=0.0, batch_group=""))
+        return in_forward_obstacle(spec, weighting) is None
 
     def of_function(
         self, objective: RowLoss, spec: Spec, weighting: Weighting, shape: torch.Size
@@ -258,7 +263,7 @@ class _Call:
         logp, lse, collision, entropy, max_prob = (vector.reshape(shape) for vector in vectors)
         correct = rows[Field.CORRECT].reshape(shape) != 0
         stats = RowStatistics(logp, lse, collision, entropy, max_prob, correct)
-        losses = own_rows(objective, stats, weighting.class_weight, self.labels, spec.z_loss)
         valid = self.labels != self.ignore_index
-        loss = weighting.reduce(torch.where(valid, losses.reshape(-1), 0.0), valid, self.labels)
+        losses = own_rows(objective, stats, weighting.class_weight, self.labels, valid, spec.z_loss)
+        loss = weighting.reduce(losses, valid, self.labels)
         return loss, RowStatistics(*(s.detach() for s in stats if s is not None))

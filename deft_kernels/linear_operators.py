@@ -10,9 +10,9 @@ from typing import Any, List, Optional, Tuple
 import torch
 from torch import Tensor
 
-from . import chunks, objectives
+from . import blocked, chunks, objectives
 from .chunks import Head
-from .operators import check_labels, implementation, no_double_backward, save_nothing
+from .operators import check_labels, implementation, no_double_backward, save_nothing, weighted_total
 from .rows import gradient_fields
 from .spec import decode
 from .statistics import Field
@@ -84,7 +84,7 @@ def linear_loss_with_gradient(
         loss, rows, gradients = chunks.loss_with_gradient(
             implementation(spec), head, labels, row_scale, class_weight, ignore_index, spec, wanted
         )
-        return ((loss * row_scale).sum(), rows, *gradients)
+        return (weighted_total(loss, row_scale, rows), rows, *gradients)
 
 
 @linear_loss_with_gradient.register_fake
@@ -182,7 +182,8 @@ def _setup_with_gradient(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*tensors, output[1])
-    ctx.gradients = output[2:]
+    # Not read from the saved tensors: that would unpack hidden, too, which checkpointing computes anew.
+    ctx.kept, ctx.gradients = output[1][Field.KEPT] != 0, output[2:]
 
 
 def _with_gradient_backward(ctx: Any, dtotal: Optional[Tensor], *_: Any) -> Any:
@@ -192,7 +193,10 @@ def _with_gradient_backward(ctx: Any, dtotal: Optional[Tensor], *_: Any) -> Any:
     gradients, ctx.gradients = ctx.gradients, None
     if gradients is not None and type(gradients[0]) is not Tensor:
         # A traced backward may not overwrite what its forward returned.
-        return _given([gradient * dtotal for gradient in gradients], ctx.wanted, 12)
+        scaled = [gradient * dtotal for gradient in gradients]
+        if ctx.wanted[0]:
+            scaled[0] = scaled[0].where(ctx.kept.unsqueeze(1), 0.0)
+        return _given(scaled, ctx.wanted, 12)
     if gradients is None or torch.is_grad_enabled():
         # Given away by an earlier backward; or with create_graph=True, which `linear_gradient` refuses.
         hidden, weight, bias, labels, row_scale, class_weight, rows = ctx.saved_tensors
@@ -200,21 +204,26 @@ def _with_gradient_backward(ctx: Any, dtotal: Optional[Tensor], *_: Any) -> Any:
         args = (rows, dloss, ctx.wanted, ctx.product, ctx.budget, ctx.code, ctx.numbers)
         gradients = linear_gradient(hidden, weight, bias, labels, class_weight, *args)
         return _given(gradients, ctx.wanted, 12)
-    for gradient in gradients:
-        scale_(gradient, dtotal, decode(ctx.code, ctx.numbers).backend)
+    backend = decode(ctx.code, ctx.numbers).backend
+    scale_(gradients[0], dtotal, backend, ctx.kept)
+    scale_(gradients[1], dtotal, backend)
+    scale_(gradients[2], dtotal, backend)
     return _given(gradients, ctx.wanted, 12)
 
 
-def scale_(gradient: Tensor, upstream: Tensor, backend: str) -> None:
-    """gradient *= upstream, left alone where that is 1; on a GPU the device decides, and nobody waits."""
+def scale_(gradient: Tensor, upstream: Tensor, backend: str, kept: Optional[Tensor] = None) -> None:
+    """gradient *= upstream, left alone where that is 1; on a GPU the device decides, and nobody waits.
+
+    kept: of the rows of hidden's gradient, which stays 0 where it is 0, whatever the upstream.
+    """
     if gradient.numel() == 0:
         return
     if backend == "triton":
         from .kernels import launch
 
-        launch.scale(gradient, upstream)
-    elif upstream.device.type != "cpu" or upstream.item() != 1.0:
-        gradient.mul_(upstream)
+        launch.scale(gradient, upstream, kept)
+    else:
+        blocked.scale(gradient, upstream, kept)
 
 
 def _setup_statistics(ctx: Any, inputs: Any, output: Any) -> None:

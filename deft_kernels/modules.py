@@ -6,36 +6,50 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .calls import RowLoss
+from .calls import RowLoss, described
 from .functional import deft_loss
+from .keywords import named, unknown
 from .linear import fused_linear_deft_loss
-from .objectives import Objective, resolve
+from .objectives import Objective
 from .reductions import Reduction
 from .statistics import RowStatistics
 
 
-def _keywords(
-    module: str, known: set[str], objective: str | Objective | RowLoss, given: dict[str, Any]
-) -> dict[str, Any]:
-    """The keywords of a module's calls; TypeError for an unknown one, where it was written."""
-    for name in given:
-        if name not in known:
-            raise TypeError(f"{name}: not a keyword of {module}; known: {', '.join(sorted(known))}")
-    return {"objective": objective if callable(objective) else resolve(objective), **given}
+class _Loss(nn.Module):
+    """What the modules share: an objective, and keywords that are checked where they are written."""
+
+    # Of the functions behind the modules: keywords of a module's call, not of its making.
+    PER_CALL = ("token_weight", "num_items")
+
+    def __init__(
+        self, own: set[str], objective: str | Objective | RowLoss, keywords: dict[str, Any], **others: Any
+    ):
+        super().__init__()
+        known = own | set(others) | {"shift", "logit_scale", "softcap", "temperature", "z_loss"}
+        known |= {"return_stats", "group", "backend"}
+        title = type(self).__name__
+        for name in keywords:
+            if name in self.PER_CALL:
+                raise TypeError(f"{name}: belongs to the call of a {title}, {title}(...)(..., {name}=...)")
+            if name not in known:
+                raise unknown(title, known | {"objective"}, name)
+        # An objective that is a module has its parameters trained, moved and saved with this one.
+        self.objective = described(objective)
+        self.keywords = keywords | others
+
+    def extra_repr(self) -> str:
+        objective = self.objective
+        name = objective.name if isinstance(objective, Objective) else repr(objective)
+        return f"objective={name}, reduction={self.keywords['reduction']}"
 
 
-def _shown(keywords: dict[str, Any]) -> str:
-    objective = keywords["objective"]
-    name = objective.name if isinstance(objective, Objective) else repr(objective)
-    return f"objective={name}, reduction={keywords['reduction']}"
-
-
-class DEFTLoss(nn.Module):
+class DEFTLoss(_Loss):
     """`deft_loss` as a module; a drop-in for `nn.CrossEntropyLoss` on [..., V] logits and [...] labels.
 
-    Args: the keywords of `deft_loss`; `weight` [V] becomes a buffer, so that it moves with the module.
+    Args: the keywords of `deft_loss`; `weight` [V] becomes a buffer, so that it moves with the module, and
+        an `objective` that is a module becomes a submodule.
     Shape: logits [..., V], labels [...]; a scalar, or [...] with reduction="none".
-    Raises: as `deft_loss`; an unknown objective raises here already.
+    Raises: as `deft_loss`; an unknown keyword or objective raises here already.
     """
 
     weight: Tensor | None
@@ -50,14 +64,17 @@ class DEFTLoss(nn.Module):
         label_smoothing: float = 0.0,
         **keywords: Any,
     ):
-        super().__init__()
-        known = {"shift", "softcap", "temperature", "z_loss", "inplace", "grad_in_forward", "return_stats"}
-        known |= {"backend", "group"}
+        super().__init__(
+            {"weight", "inplace", "grad_in_forward"},
+            objective,
+            keywords,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+        )
         self.register_buffer("weight", weight)
-        keywords |= {"reduction": reduction, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
-        known |= {"reduction", "ignore_index", "label_smoothing"}
-        self.keywords = _keywords("DEFTLoss", known, objective, keywords)
 
+    @named
     def forward(
         self,
         logits: Tensor,
@@ -67,18 +84,16 @@ class DEFTLoss(nn.Module):
         num_items: Tensor | float | None = None,
     ) -> Tensor | tuple[Tensor, RowStatistics]:
         own: dict[str, Any] = {"weight": self.weight, "token_weight": token_weight, "num_items": num_items}
-        return deft_loss(logits, labels, **own, **self.keywords)
-
-    def extra_repr(self) -> str:
-        return _shown(self.keywords)
+        return deft_loss(logits, labels, objective=self.objective, **own, **self.keywords)
 
 
-class FusedLinearDEFTLoss(nn.Module):
+class FusedLinearDEFTLoss(_Loss):
     """`fused_linear_deft_loss` as a module; the lm_head's weight and bias stay the caller's.
 
-    Args: the keywords of `fused_linear_deft_loss`; `class_weight` [V] becomes a buffer.
+    Args: the keywords of `fused_linear_deft_loss`; `class_weight` [V] becomes a buffer, and an `objective`
+        that is a module a submodule.
     Shape: hidden [..., D], weight [V, D], labels [...], bias [V]; a scalar, or [...] with reduction="none".
-    Raises: as `fused_linear_deft_loss`; an unknown objective raises here already.
+    Raises: as `fused_linear_deft_loss`; an unknown keyword or objective raises here already.
     """
 
     class_weight: Tensor | None
@@ -91,21 +106,11 @@ class FusedLinearDEFTLoss(nn.Module):
         reduction: Reduction = "mean",
         **keywords: Any,
     ):
-        super().__init__()
-        known = {
-            "ignore_index",
-            "label_smoothing",
-            "shift",
-            "softcap",
-            "temperature",
-            "logit_scale",
-            "z_loss",
-        }
-        known |= {"chunk_bytes", "return_stats", "backend", "reduction", "group"}
+        own = {"class_weight", "ignore_index", "label_smoothing", "chunk_bytes"}
+        super().__init__(own, objective, keywords, reduction=reduction)
         self.register_buffer("class_weight", class_weight)
-        keywords["reduction"] = reduction
-        self.keywords = _keywords("FusedLinearDEFTLoss", known, objective, keywords)
 
+    @named
     def forward(
         self,
         hidden: Tensor,
@@ -118,7 +123,5 @@ class FusedLinearDEFTLoss(nn.Module):
     ) -> Tensor | tuple[Tensor, RowStatistics]:
         own: dict[str, Any] = {"token_weight": token_weight, "num_items": num_items}
         own["class_weight"] = self.class_weight
+        own["objective"] = self.objective
         return fused_linear_deft_loss(hidden, weight, labels, bias, **own, **self.keywords)
-
-    def extra_repr(self) -> str:
-        return _shown(self.keywords)

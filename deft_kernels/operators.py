@@ -6,7 +6,9 @@ and opcheck can hold the schema, the shape functions and the autograd rule to th
 """
 
 import os
+import warnings
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, List, Optional, Tuple
 
 import torch
@@ -47,6 +49,11 @@ def check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
         )
 
 
+def weighted_total(loss: Tensor, row_scale: Tensor, rows: Tensor) -> Tensor:
+    """sum_i row_scale_i loss_i over the rows that are kept; a scale of NaN or inf elsewhere is not met."""
+    return torch.where(rows[Field.KEPT] != 0, loss * row_scale, 0.0).sum()
+
+
 @torch.library.custom_op("deft_kernels::row_loss", mutates_args=())
 def row_loss(
     logits: Tensor,
@@ -85,7 +92,7 @@ def row_loss_with_gradient(
     loss, rows = implementation(spec).row_loss_with_gradient(
         logits, labels, row_scale, class_weight, ignore_index, spec, dlogits
     )
-    return (loss * row_scale).sum(), rows, dlogits
+    return weighted_total(loss, row_scale, rows), rows, dlogits
 
 
 @row_loss_with_gradient.register_fake
@@ -93,6 +100,18 @@ def _(logits, labels, row_scale, class_weight, ignore_index, code, numbers):
     dtype, count = _rows_dtype(logits), labels.shape[0]
     rows = logits.new_empty((len(Field), count), dtype=dtype)
     return logits.new_empty((), dtype=dtype), rows, logits.new_empty(logits.shape)
+
+
+@lru_cache(maxsize=1)
+def _warn_of_underflow() -> None:
+    """Once: said here rather than in the backward, which on a GPU does not know its upstream."""
+    warnings.warn(
+        "deft_kernels: inplace=True with grad_in_forward=True rounds the gradient to float16 before the loss "
+        "scale is known: entries below 3e-8 are 0 already, and no loss scale brings them back. Leave "
+        "grad_in_forward out, or use bfloat16",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 @torch.library.custom_op("deft_kernels::row_loss_with_gradient_", mutates_args=("logits",))
@@ -108,10 +127,12 @@ def row_loss_with_gradient_(
     """`row_loss_with_gradient` that leaves the gradient in the logits' storage."""
     spec = decode(code, numbers)
     check_labels(labels, spec.vocabulary(logits.shape[-1]), ignore_index)
+    if logits.dtype == torch.float16:
+        _warn_of_underflow()
     loss, rows = implementation(spec).row_loss_with_gradient(
         logits, labels, row_scale, class_weight, ignore_index, spec, logits
     )
-    return (loss * row_scale).sum(), rows
+    return weighted_total(loss, row_scale, rows), rows
 
 
 @row_loss_with_gradient_.register_fake

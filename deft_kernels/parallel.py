@@ -15,6 +15,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from . import arguments
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -68,14 +70,11 @@ def resolved(group: ProcessGroup | VocabShard, width: int, device: torch.device)
         start, size = _place(name, width, str(device))
         return Shard(start, size, group.size(), name)
     name = group_name(group.group)
-    for field, value in (("start", group.start), ("size", group.size)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"group: VocabShard.{field}: expected an int, got {type(value).__name__}")
-    if group.start < 0 or group.start + width > group.size:
-        raise ValueError(
-            f"group: VocabShard(start={group.start}, size={group.size}) has no place for {width} columns"
-        )
-    return Shard(group.start, group.size, group.group.size(), name)
+    start = arguments.integer("group: VocabShard.start", group.start)
+    size = arguments.integer("group: VocabShard.size", group.size)
+    if start < 0 or start + width > size:
+        raise ValueError(f"group: VocabShard(start={start}, size={size}) has no place for {width} columns")
+    return Shard(start, size, group.group.size(), name)
 
 
 _places: WeakKeyDictionary[Any, dict[int, tuple[int, int]]] = WeakKeyDictionary()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -33,17 +34,21 @@ class Weighting:
         self.num_items = num_items.reshape(()) if isinstance(num_items, Tensor) else num_items
 
     def denominator(self, kept: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor | float:
-        """Of a mean; 1 instead of 0, so that a batch without rows to count has loss 0."""
+        """Of a mean; not 0 where no row counts, whose mean is 0.
+
+        With rows that count, 0 as the sum of their class weights makes the mean NaN, as in F.cross_entropy.
+        """
         if self.reduction == "sum":
             return 1.0
         if isinstance(self.num_items, Tensor):
-            return self.num_items.to(dtype)
+            # A sum, as num_items may be on the host and `kept` on a device.
+            return self.num_items.to(dtype) + (~kept.any()).to(dtype)
         if self.num_items is not None:
             return self.num_items
         if self.class_weight is None:
             return kept.sum().clamp(min=1).to(dtype)
         total = torch.where(kept, class_weights(self.class_weight, labels, dtype), 0.0).sum()
-        return torch.where(total == 0, 1.0, total)
+        return total.where(total != 0, torch.where(kept.any(), math.nan, 1.0).to(dtype))
 
     def reduce(self, rows: Tensor, kept: Tensor, labels: Tensor) -> Tensor:
         if self.token_weight is not None:

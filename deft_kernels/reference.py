@@ -52,16 +52,13 @@ def row_objective(objective: Any, stats: dict[str, Tensor], valid: Tensor) -> tu
     impossible = torch.isinf(logp)  # a target of probability 0: the limits of the formulas
     finite = logp.masked_fill(impossible, 0.0)
 
-    if objective.name == "nll":
-        return -logp, torch.zeros_like(logp), torch.ones_like(logp)
-    if objective.name == "neg_prob":
-        return 1 - p, torch.ones_like(logp), p
-    if objective.name == "dft":
+    if objective.focus == "prob":
         return (held(p) * -finite).masked_fill(impossible, 0.0), torch.ones_like(logp), p
-    if objective.name == "eaft":
+    if objective.focus == "entropy":
         weight = (stats["entropy"].clamp(min=0) / math.log(objective.top_k)) ** objective.power
         # A row of entropy 0 has weight 0, and an impossible target there is 0 * inf.
-        return held(weight) * -logp.masked_fill(weight == 0, 0.0), torch.zeros_like(logp), weight
+        seen = logp.masked_fill((weight == 0) & impossible, 0.0)
+        return held(weight) * -seen, torch.zeros_like(logp), weight
 
     if objective.focus == "fixed":
         alpha = torch.full_like(logp, objective.alpha)
@@ -83,7 +80,7 @@ def row_objective(objective: Any, stats: dict[str, Tensor], valid: Tensor) -> tu
     else:
         raise ValueError(f"objective: no reference for {objective!r}")
 
-    if objective.name == "rational":
+    if objective.family == "rational":
         loss = -finite / (1 - alpha * finite)
         gate = (1 - alpha * logp) ** -2
         return torch.where(impossible, 1 / alpha, loss), alpha, gate
@@ -142,7 +139,8 @@ def loss(
         rows = rows + z_loss * stats["lse"] ** 2
     rows = torch.where(kept, rows, 0.0)
     if token_weight is not None:
-        rows = rows * token_weight.reshape(-1).to(rows.dtype)
+        # Padding may hold NaN in the token weights as in the logits.
+        rows = rows * torch.where(kept, token_weight.reshape(-1).to(rows.dtype), 0.0)
 
     stats = {name: value.detach().masked_fill(~valid, 0).reshape(shape) for name, value in stats.items()}
     if reduction == "none":
@@ -150,7 +148,11 @@ def loss(
     total = rows.sum()
     if reduction == "sum":
         return total, stats
+    # Without a row that counts a mean is 0, whatever it would be divided by.
+    none = (~kept.any()).to(rows.dtype)
     if num_items is not None:
-        return total / num_items, stats
+        return total / (num_items + none), stats
     count = torch.where(kept, row_weight, 0.0).sum()
-    return total / torch.where(count == 0, 1.0, count), stats
+    # Rows whose class weights sum to 0 have no mean, as in F.cross_entropy.
+    count = torch.where(count == 0, math.nan, count)
+    return total / torch.where(kept.any(), count, 1.0), stats

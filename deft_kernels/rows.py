@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -35,7 +37,7 @@ def finish(
     logp, lse = fields[Field.LOGP], fields[Field.LSE]
     value = evaluate(objective, fields, mean_prob)
     loss = value.loss
-    derivatives = [value.d_logp, None, value.d_collision, value.d_entropy, value.d_max_prob]
+    derivatives = [_shown(value.d_logp, logp), None, value.d_collision, value.d_entropy, value.d_max_prob]
     scale: Tensor | float = 1.0 - spec.label_smoothing
     if target_weight is not None:
         scale = scale * target_weight
@@ -88,12 +90,18 @@ def gradient_fields(
 ) -> Tensor:
     """A copy of `rows` with the gradient fields for these upstream derivatives of the statistics."""
     fields = unpack(rows)
-    if d_logp is None:
-        d_logp = torch.zeros_like(fields[Field.LOGP])
+    logp = fields[Field.LOGP]
+    d_logp = torch.zeros_like(logp) if d_logp is None else _shown(d_logp, logp)
     coefficients(fields, d_logp, d_lse, d_collision, d_entropy, d_max_prob, temperature=temperature)
     kept = fields[Field.KEPT] != 0
     _settle(fields, fields[Field.LOGP], kept, kept)
     return pack(fields)
+
+
+def _shown(d_logp: Tensor, logp: Tensor) -> Tensor:
+    """NaN where logp is: of a label out of range the loss is NaN, and so is its row's gradient, though a gate
+    of 1 or one made of the entropy does not depend on the label."""
+    return d_logp.masked_fill(logp.isnan(), math.nan)
 
 
 def _settle(fields: Fields, loss: Tensor, valid: Tensor | None, kept: Tensor | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -28,6 +29,24 @@ class RowStatistics(NamedTuple):
     correct: Tensor
     alpha: Tensor | None = None
     gate: Tensor | None = None
+
+
+def with_stand_ins(stats: RowStatistics, valid: Tensor) -> RowStatistics:
+    """The statistics as a function of them may differentiate them: an ignored row holds those of a plain one.
+
+    Its zeros would make log, division or a power infinite, and 0 times that is a NaN in the gradient of
+    whatever parameter the function has. The stand-in is a row of probabilities 1/2, 1/4 and 1/4 whose label
+    has a quarter: no statistic is 0 or 1, and no two are equal.
+    """
+    log2 = math.log(2.0)
+    return RowStatistics(
+        stats.logp.where(valid, -2.0 * log2),
+        stats.lse.where(valid, log2),
+        stats.collision.where(valid, 0.375),
+        stats.entropy.where(valid, 1.5 * log2),
+        stats.max_prob.where(valid, 0.5),
+        stats.correct,
+    )
 
 
 class Field(IntEnum):

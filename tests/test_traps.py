@@ -30,6 +30,7 @@ def focal(r):
     return -((1 - r.logp.exp()) ** 2) * r.logp
 
 
+@pytest.mark.filterwarnings("ignore:.*to float16 before the loss scale:RuntimeWarning")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("objective", ["nll", "deft"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import pickle
 import types
 from typing import Any
 
@@ -67,6 +69,20 @@ class _OfHidden:
         parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
         self.names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
         self.watch = Watch(heads.innermost(model, "patch_model"), "patch_model")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _OfHidden:
+        copied = memo[id(self)] = object.__new__(type(self))
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
+
+    def __reduce__(self) -> Any:
+        # A pickle finds an instance's forward by its name, which is the class's own when it is read back:
+        # the loaded model would train plain cross-entropy.
+        raise pickle.PicklingError(
+            "model: patch_model's forward does not survive torch.save(model), pickle or a spawned process: "
+            "save model.state_dict() or save_pretrained(), or call unpatch_model(model) before and "
+            "patch_model again after it was loaded"
+        )
 
     def __call__(self, model: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -146,6 +162,8 @@ def patch_model(
     Raises: ValueError for a head that is more than a matrix (LoRA on it, quantised, ZeRO-3), logits that
         cannot be repeated, an auxiliary router loss, a forward that was replaced already. In the first
         training step that does not come to the loss: RuntimeError with what to do.
+        A copy.deepcopy of the model is patched too; torch.save(model) or a pickle of it whole raises
+        pickle.PicklingError.
     Memory: as `fused_linear_deft_loss`.
     """
     bare = heads.bare(model, "patch_model")

@@ -6,8 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
+from .. import calls
 from ..calls import RowLoss
-from ..objectives import Objective, resolve
+from ..keywords import meant
+from ..objectives import Objective
 from .running import RunningStatistics
 
 # Keywords that a stack may pass on; the others of `deft_loss` are decided by the trainer's own call.
@@ -17,16 +19,18 @@ OF_HIDDEN = ("temperature", "z_loss", "label_smoothing", "class_weight", "chunk_
 
 def described(objective: str | Objective | RowLoss) -> Objective | RowLoss:
     """The objective, its name resolved, so that a wrong one raises where it was written."""
-    return objective if callable(objective) else resolve(objective)
+    return calls.described(objective)
 
 
 def checked(call: str, known: tuple[str, ...], keywords: dict[str, Any]) -> dict[str, Any]:
     """The keywords, if all are known; TypeError otherwise, as none may be dropped without a word."""
     for name in keywords:
         if name not in known:
+            hint = meant((*known, "objective"), name)
             raise TypeError(
-                f"{name}: not a keyword of {call}; known: {', '.join(known)} (reduction, shift, num_items "
-                "and ignore_index follow from what the trainer passes)"
+                f"{name}: not a keyword of {call}; {'' if hint is None else hint + '; '}known: "
+                f"{', '.join(known)} (reduction, shift, num_items and ignore_index follow from what the "
+                "trainer passes)"
             )
     for name in ("weight", "class_weight"):
         if not isinstance(keywords.get(name), (Tensor, type(None))):

@@ -38,6 +38,12 @@ def options(mode: int, transformed: bool) -> dict[str, Any]:
     return chosen
 
 
+def lean(spec: Spec) -> bool:
+    """Whether the loops hold nothing beyond logp and sum p^2, so that wide programs have registers enough."""
+    heavy = spec.needs_entropy or spec.squares or spec.logs or spec.peaks
+    return not (heavy or spec.softcap > 0 or spec.label_smoothing > 0)
+
+
 @lru_cache(maxsize=8)
 def kernel_for(kernel: Any, vocabulary: int) -> Any:
     """The kernel; for V = 1 one to which V is not a constant, which Triton 3.6 fails to compile."""
@@ -109,6 +115,9 @@ def strides_of(logits: Tensor) -> tuple[int, int, int]:
         return 1, logits.shape[-1], 0
     if len(merged) == 1:
         return 1, merged[0][1], 0
+    if 0 in logits.shape[:-1]:
+        # No row lies anywhere, and dimensions of size 0 merge with no other.
+        return 1, logits.shape[-1], 0
     (_, outer), (inner, stride) = merged
     return inner, outer, stride
 

@@ -1,6 +1,6 @@
 """The columns of a row that loads of 16 bytes do not cover: a few at either end, where rows do not begin and
-end at a 16-byte boundary. They are handled one to a lane, so that everything between them moves in full width.
-A masked tile at an odd offset would take eight loads of 2 bytes a lane for bf16.
+end at a 16-byte boundary. They are handled one to a lane, so that all between them moves in full width: a
+masked tile at an odd offset would take eight loads of 2 bytes a lane for bf16.
 """
 
 import triton

@@ -19,6 +19,7 @@ from . import objectives, table
 from .call import (
     Call,
     kernel_for,
+    lean,
     mode,
     on_device,
     options,
@@ -96,7 +97,7 @@ def states_loss(
 
 def _splits(call: Call) -> int:
     """Programs a row."""
-    plan = table.statistics(call.vocabulary, call.logits.element_size(), warp())
+    plan = table.statistics(call.vocabulary, call.logits.element_size(), call.spec.needs_entropy, warp())
     return table.splits(call.count, call.vocabulary, plan.tile, processors(call.device))
 
 
@@ -110,7 +111,7 @@ def _reduce(
 ) -> Tensor:
     """Launch `statistics_kernel`: with splits to states [N, splits, size], without to the `outputs`."""
     spec, stored = call.spec, splits > 0
-    plan = table.statistics(call.vocabulary, call.logits.element_size(), warp())
+    plan = table.statistics(call.vocabulary, call.logits.element_size(), call.spec.needs_entropy, warp())
     span = call.vocabulary
     if stored:
         span = plan.tile * max(1, math.ceil(call.vocabulary / (plan.tile * splits)))
@@ -182,7 +183,7 @@ def row_loss_with_gradient(
     rows, loss = call.buffers()
     if call.count == 0:
         return loss, rows
-    plan = table.fused(call.vocabulary, logits.element_size(), warp())
+    plan = table.fused(call.vocabulary, logits.element_size(), lean(spec), warp())
     out_outer, out_inner = out_strides = out_strides_of(out, call.inner)
     kernel_for(fused_kernel, min(call.vocabulary, 2))[(call.count,)](
         logits, labels, call.class_weight, call.weight_total, rows, loss, row_scale, out,
@@ -252,16 +253,20 @@ def match_upstream(
     if logits is not None:
         gradient(logits, labels, class_weight, rows, row_scale, spec, dlogits, upstream)
         return
-    scale(dlogits, upstream)
+    scale(dlogits, upstream, rows[Field.KEPT])
 
 
 @on_device
-def scale(gradient: Tensor, upstream: Tensor) -> None:
-    """gradient [..., V] *= upstream; decided on the device, which reads and writes nothing where it is 1."""
+def scale(gradient: Tensor, upstream: Tensor, kept: Tensor | None = None) -> None:
+    """gradient [..., V] *= upstream; decided on the device, which reads and writes nothing where it is 1.
+
+    kept: [N], 0 at rows to leave as they are.
+    """
     plan = table.gradient(gradient.shape[-1], gradient.element_size(), warp())
     inner, outer, stride = strides_of(gradient)
     rows = gradient.numel() // gradient.shape[-1]
     scale_kernel[(min(rows, RESCALING * processors(gradient.device)),)](
-        gradient, upstream, rows, inner, outer, stride, gradient.shape[-1],
+        gradient, upstream, upstream if kept is None else kept, rows, inner, outer, stride,
+        gradient.shape[-1], KEPT=kept is not None,
         LANES=plan.lanes, WIDTH=plan.width, MODE=mode(), num_warps=plan.num_warps, **options(mode(), False),
     )  # fmt: skip

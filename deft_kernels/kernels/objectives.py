@@ -80,7 +80,9 @@ def rational(logp, alpha, eps, DETACH: tl.constexpr):
     """-logp / (1 - alpha logp)."""
     impossible = logp == float("-inf")
     root = 1.0 / (1.0 - alpha * logp)
-    loss = tl.where(impossible, 1.0 / alpha, -logp * root)
+    # Of logp = -inf, the limit: infinite at alpha = 0, said without a division that the interpreter refuses.
+    limit = tl.where(alpha == 0.0, float("inf"), 1.0 / tl.where(alpha == 0.0, 1.0, alpha))
+    loss = tl.where(impossible, limit, -logp * root)
     root = tl.where(impossible & (alpha == 0.0), 1.0, root)
     return loss, root * root, -loss * loss
 

@@ -11,7 +11,7 @@ fused_kernel        all of it for a row in one launch
 import triton
 import triton.language as tl
 
-from .device import narrowed, softcapped
+from .device import cap_slope, narrowed, softcapped
 from .finish import BY_COLLISION, BY_ENTROPY, BY_MAX_PROB, finish_row, floor_of, store_ignored, weights_of
 from .parts import load_parts, store_state
 from .state import count_ties, reduce_row
@@ -36,11 +36,10 @@ def aligned(offset, WIDTH: tl.constexpr, PEEL: tl.constexpr):
 
 
 @triton.jit
-def target_of(row_ptr, label, vocabulary, softcap, SOFTCAP: tl.constexpr):
-    """The target's logit, soft-capped; NaN and no read for a label out of range."""
+def target_of(row_ptr, label, vocabulary):
+    """The target's logit as it stands; NaN and no read for a label out of range."""
     known = (label >= 0) & (label < vocabulary)
-    z = tl.load(row_ptr + label, mask=known, other=float("nan")).to(tl.float32)
-    return softcapped(z, softcap, SOFTCAP)
+    return tl.load(row_ptr + label, mask=known, other=float("nan")).to(tl.float32)
 
 
 @triton.jit
@@ -70,7 +69,7 @@ def statistics_kernel(
             start = lead + tl.program_id(1) * span
             stop = tl.minimum(start + span, stop)
         base = logits + at
-        z_target = target_of(base + lead, label, vocabulary, softcap, SOFTCAP)
+        z_target = softcapped(target_of(base + lead, label, vocabulary), softcap, SOFTCAP)
         weights = class_weight
         if WEIGHTED:
             weights = class_weight - lead
@@ -178,19 +177,18 @@ def gradient_of_slice(
         c = tl.load(rows + 15 * n_rows + row) * factor
         peak_grad = tl.load(rows + 16 * n_rows + row) * factor
         target = tl.load(rows + 17 * n_rows + row) * factor
-        z_target = 0.0
         if SOFTCAP:
             # Only the program that writes the target's element needs its logit. In place, others would read
             # what that program has already overwritten; its own threads wait for each other.
             own = (label + lead >= start) & (label + lead < stop)
-            known = tl.where(own, label, -1)
-            z_target = target_of(logits + at + lead, known, vocabulary, softcap, SOFTCAP)
+            raw_target = target_of(logits + at + lead, tl.where(own, label, -1), vocabulary)
+            target *= cap_slope(raw_target, softcap)
             tl.debug_barrier()
         weights = class_weight
         if WEIGHTED:
             weights = class_weight - lead
         write_gradient(
-            logits + at, dlogits + to, start, stop, label + lead, z_target, weights, k, softcap,
+            logits + at, dlogits + to, start, stop, label + lead, weights, k, softcap,
             offset, peak, a, b, c, peak_grad, target, spread * factor,
             LANES, WIDTH, SOFTCAP, SMOOTHED, WEIGHTED, SQUARES, LOGS, PEAKS,
             PEEL, NEAR, MODE,
@@ -243,8 +241,9 @@ def gradient_kernel(
 def scale_kernel(
     dlogits,  # [N, V]
     upstream,  # [1]
+    kept,  # [N] or unused
     n_rows, inner, out_outer, out_inner, vocabulary,
-    LANES: tl.constexpr, WIDTH: tl.constexpr, MODE: tl.constexpr,
+    KEPT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     """dlogits times a scalar on the device; nothing at all when it is 1."""
     scalar = tl.load(upstream).to(tl.float32)
@@ -253,6 +252,9 @@ def scale_kernel(
     while row < stop:
         base = dlogits + row_offset(row, inner, out_outer, out_inner)
         first = 0
+        if KEPT:
+            # Zeros stay zeros where the upstream is inf or NaN.
+            first = tl.where(tl.load(kept + row) != 0, 0, vocabulary)
         while first < vocabulary:
             columns = first + tl.arange(0, LANES * WIDTH)
             inside = columns < vocabulary
@@ -291,7 +293,8 @@ def fused_kernel(
     kept = 0.0
     if label != ignore_index:
         base = logits + at
-        z_target = target_of(base + lead, label, vocabulary, softcap, SOFTCAP)
+        raw_target = target_of(base + lead, label, vocabulary)
+        z_target = softcapped(raw_target, softcap, SOFTCAP)
         # Before the loop, which hides its latency.
         factor = tl.load(row_scale + row).to(tl.float32)
         weights = class_weight
@@ -312,9 +315,11 @@ def fused_kernel(
         )  # fmt: skip
         # In place: nobody may overwrite a logit that another thread's reduction has still to read.
         tl.debug_barrier()
+        if SOFTCAP:
+            target *= cap_slope(raw_target, softcap)
         if kept != 0.0:
             write_gradient(
-                base, dlogits + to, start, stop, label + lead, z_target, weights, k, softcap, offset,
+                base, dlogits + to, start, stop, label + lead, weights, k, softcap, offset,
                 peak, a * factor, b * factor, c * factor, peak_grad * factor, target * factor,
                 spread * factor,
                 LANES, WIDTH, SOFTCAP, SMOOTHED, WEIGHTED,

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .device import exp2, fma, narrowed, softcapped, widened
+from .device import cap_slope, exp2, fma, narrowed, softcapped, widened
 from .edges import edge_column, whole_loads
 
 
@@ -15,7 +15,8 @@ def tile_gradient(
 ):  # fmt: skip
     """Gradient of a tile of logits in fp32; exponent, square and logarithm terms only where asked for."""
     # With logarithms, -inf times C would be NaN.
-    z = softcapped(widened(raw, LOGS, MODE), softcap, SOFTCAP)
+    wide = widened(raw, LOGS, MODE)
+    z = softcapped(wide, softcap, SOFTCAP)
     x = fma(z, k, -offset, MODE)
     e = exp2(x, MODE)
     factor = a
@@ -32,8 +33,7 @@ def tile_gradient(
         else:
             d -= spread
     if SOFTCAP:
-        ratio = z / softcap
-        d *= 1.0 - ratio * ratio
+        d *= cap_slope(wide, softcap)
     return d
 
 
@@ -55,7 +55,7 @@ def write_masked(
 
 @triton.jit
 def write_gradient(
-    in_ptr, out_ptr, start, stop, label, z_target, class_weight, k, softcap, offset, peak,
+    in_ptr, out_ptr, start, stop, label, class_weight, k, softcap, offset, peak,
     a, b, c, peak_grad, target, spread,
     LANES: tl.constexpr, WIDTH: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHED: tl.constexpr,
     WEIGHTED: tl.constexpr, SQUARES: tl.constexpr, LOGS: tl.constexpr, PEAKS: tl.constexpr,
@@ -99,9 +99,6 @@ def write_gradient(
             spread, SOFTCAP, SMOOTHED, WEIGHTED, SQUARES, LOGS, PEAKS, EVICT, MODE,
         )  # fmt: skip
         first += TILE
-    if SOFTCAP:
-        ratio = z_target / softcap
-        target *= 1.0 - ratio * ratio
     # Other threads wrote this element in the loop; they must be done before it is written again.
     tl.debug_barrier()
     if (label >= start) & (label < stop):

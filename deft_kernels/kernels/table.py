@@ -1,7 +1,8 @@
 """Launch parameters, one table; every entry says what it rests on.
 
-No entry has been measured on a GPU yet: they follow from compiled code and from a count of bytes in flight,
-as each comment says. `benchmarks/sweep.py` measures what will replace them.
+Measured on one H200 (Triton 3.6, torch 2.11), bf16, by `benchmarks/sweep.py`, whose records are under
+`benchmarks/results/nvidia-h200`: times there are over that of a copy of the logits (4.29 TB/s). Other GPUs,
+fp32 and fp16 take the same entries, by the bytes of a row; they were not measured.
 """
 
 from __future__ import annotations
@@ -31,40 +32,58 @@ class Launch:
         return self.lanes * self.width
 
 
+# Bytes of a row from which one program has a multiprocessor to itself in `fused`: between 50,257 and 128,256
+# bf16 logits, where the order of the candidates changes.
+WIDE_ROW = 150_000
+
+
 def _warps(vocabulary: int, width: int, warp: int, most: int) -> int:
-    """The most warps with which a row still fills the head tile and one turn of four."""
+    """The most warps with which a row still fills one turn of four tiles."""
     warps = 1
-    while warps < most and vocabulary >= 2 * warps * warp * width * 5:
+    while warps < most and vocabulary >= 2 * warps * warp * width * 4:
         warps *= 2
     return warps
 
 
-def statistics(vocabulary: int, itemsize: int, warp: int = 32) -> Launch:
-    """16-byte loads; up to 8 warps: 55 registers a thread (compiled, sm_90) then leave 4 rows an SM and four
-    loads each, 64 KB in flight, above the 40 KB that latency times bandwidth asks of an H200's SM. With the
-    entropy 88 registers leave 2 rows and 32 KB: fewer warps are the sweep's first question there."""
+def statistics(vocabulary: int, itemsize: int, entropy: bool, warp: int = 32) -> Launch:
+    """4,096 x 32,000: 0.64 copies with 4 warps, 0.72 with 8; 8,192 x 128,256: 0.507 and 0.508;
+    4,096 x 262,144: 0.529 and 0.497. With the entropy, at 90 registers a thread, 4 warps: 0.55 to 0.72, where
+    8 take 0.60 to 1.05. The tail as one turn: 0.64 for 0.68 at V = 32,000, no difference where V is large.
+    """
     width = 16 // itemsize
-    return Launch(_warps(vocabulary, width, warp, 8), width, warp)
+    most = 8 if vocabulary * itemsize >= WIDE_ROW and not entropy else 4
+    return Launch(_warps(vocabulary, width, warp, most), width, warp, tail=True)
 
 
 def gradient(vocabulary: int, itemsize: int, warp: int = 32) -> Launch:
-    """As `statistics`: the loop is lighter, and four warps with two loads a turn fill an SM with 16 rows."""
+    """1.08 copies at V = 32,000, 128,256 and 262,144, 1.17 at 50,257, where 8 warps take 1.15. Between 1 and
+    8 warps, and 4 and 16 turns a program, nothing differs by more than 0.03."""
     width = 16 // itemsize
     return Launch(_warps(vocabulary, width, warp, 4), width, warp)
 
 
-def fused(vocabulary: int, itemsize: int, warp: int = 32) -> Launch:
-    """Wide programs, few rows an SM, so that a row's second read finds it in L2: 132 rows of 256 KB in 60 MB
-    only just fit, two of them an SM do not."""
+def fused(vocabulary: int, itemsize: int, lean: bool, warp: int = 32) -> Launch:
+    """Wide programs, so that few rows are in flight and the second read of a row finds it in L2, which holds
+    about 34 MB of rows: 132 rows of 256 KB, one a multiprocessor, are read 1.06 times from memory with the
+    hints, 1.21 without, and twice once two rows share a multiprocessor (counted by Nsight Compute).
+
+    lean: see `call.lean`; 32 warps then have registers enough. Copies, in place: V = 32,000: 1.35 (16
+    warps), 50,257: 1.36 (16), 128,256: 1.27 (32), 262,144: 1.41 (32), whose rows no longer fit. With the
+    entropy: 1.49 (8), 1.56 (8), 1.48 (16), 1.67 (16).
+    """
     width = 16 // itemsize
-    # 512 threads on either warp size: with 1024, gfx942 has 128 registers a thread and spills.
-    return Launch(_warps(vocabulary, width, warp, 512 // warp), width, warp)
+    wide = vocabulary * itemsize >= WIDE_ROW
+    most = (32 if wide else 16) if lean else (16 if wide else 8)
+    # 512 threads on wavefronts of 64: with 1024, gfx942 has 128 registers a thread and spills.
+    most = most if warp == 32 else min(most, 8)
+    return Launch(_warps(vocabulary, width, warp, most), width, warp, tail=True, near=True)
 
 
 def splits(rows: int, vocabulary: int, tile: int, processors: int) -> int:
-    """Programs a row: 1 when the rows fill the device twice over, else enough to, of four turns at least."""
+    """Programs a row: 1 when the rows fill the device twice over, else enough to, each with a turn at least.
+    8 x 128,256: 7.4 us with 32 programs of 4 warps, 7.5 with 16 of 8; 10.7 with 3, of four turns at least."""
     if rows >= 2 * processors:
         return 1
     wanted = -(-2 * processors // max(1, rows))
-    longest = max(1, vocabulary // (16 * tile))
+    longest = max(1, vocabulary // (4 * tile))
     return max(1, min(wanted, longest, 64))

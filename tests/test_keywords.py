@@ -1,0 +1,117 @@
+"""Keywords as other packages name them: the TypeError says which one is meant here."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+
+from deft_kernels import (
+    DEFTLoss,
+    FusedLinearDEFTLoss,
+    deft_loss,
+    fused_linear_deft_loss,
+    gated_loss,
+    keywords,
+    row_statistics,
+)
+
+N, D, V = 4, 5, 7
+LOGITS, HIDDEN, HEAD = torch.randn(N, V), torch.randn(N, D), torch.randn(V, D)
+LABELS = torch.tensor([0, 3, 6, 2])
+LOGP = -torch.rand(N)
+
+CALLS = {
+    "deft_loss": lambda **k: deft_loss(LOGITS, LABELS, **k),
+    "row_statistics": lambda **k: row_statistics(LOGITS, LABELS, **k),
+    "fused_linear_deft_loss": lambda **k: fused_linear_deft_loss(HIDDEN, HEAD, LABELS, **k),
+    "gated_loss": lambda **k: gated_loss(LOGP, LOGP, **k),
+    "DEFTLoss": lambda **k: DEFTLoss(**k),
+    "FusedLinearDEFTLoss": lambda **k: FusedLinearDEFTLoss(**k),
+}
+
+MEANT = [
+    ("deft_loss", "lse_square_scale", "z_loss"),
+    ("deft_loss", "logit_softcapping", "softcap"),
+    ("deft_loss", "smoothing", "label_smoothing"),
+    ("deft_loss", "inplace_backward", "inplace"),
+    ("deft_loss", "process_group", "group"),
+    ("deft_loss", "ce_weight", "weight"),
+    ("deft_loss", "class_weight", "weight"),
+    ("deft_loss", "target", "labels"),
+    ("deft_loss", "input", "logits"),
+    ("deft_loss", "reduce", 'reduction here: "none"'),
+    ("deft_loss", "size_average", "reduction"),
+    ("deft_loss", "num_items_in_batch", "num_items"),
+    ("deft_loss", "alpha", "objectives.tsallis"),
+    ("deft_loss", "lable_smoothing", "label_smoothing"),
+    ("row_statistics", "target", "labels"),
+    ("row_statistics", "final_logit_softcapping", "softcap"),
+    ("fused_linear_deft_loss", "lse_square_scale", "z_loss"),
+    ("fused_linear_deft_loss", "ce_weight", "class_weight"),
+    ("fused_linear_deft_loss", "target", "labels"),
+    ("fused_linear_deft_loss", "input", "hidden"),
+    ("fused_linear_deft_loss", "lin_weight", "weight"),
+    ("fused_linear_deft_loss", "chunk_size", "chunk_bytes"),
+    ("fused_linear_deft_loss", "inplace", "leave it out"),
+    ("gated_loss", "logps", "logp"),
+    ("gated_loss", "collision", "log_collision"),
+    ("DEFTLoss", "lse_square_scale", "z_loss"),
+    ("DEFTLoss", "size_average", "reduction"),
+    ("DEFTLoss", "ce_weight", "weight"),
+    ("FusedLinearDEFTLoss", "weight", "class_weight"),
+    ("FusedLinearDEFTLoss", "smoothing", "label_smoothing"),
+]
+
+
+@pytest.mark.parametrize(("call", "foreign", "meant"), MEANT)
+def test_the_error_says_which_is_meant(call, foreign, meant):
+    with pytest.raises(TypeError, match=rf"^{foreign}: .*\b{call}\b.*\b{meant}"):
+        CALLS[call](**{foreign: 1})
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_name_that_nobody_has_lists_those_there_are(call):
+    with pytest.raises(
+        TypeError, match=rf"^focus_index: not a keyword of {call}; known: .*(objective|shift)"
+    ):
+        CALLS[call](focus_index=1)
+
+
+@pytest.mark.parametrize("name", ["token_weight", "num_items"])
+def test_what_belongs_to_the_call_of_a_module(name):
+    for module in (DEFTLoss, FusedLinearDEFTLoss):
+        with pytest.raises(TypeError, match=f"^{name}: belongs to the call of a {module.__name__}"):
+            module(**{name: torch.ones(N)})
+
+
+def test_in_place_of_a_positional_argument():
+    """Not "missing 1 required positional argument", which does not say why."""
+    with pytest.raises(TypeError, match="^target: .*labels"):
+        deft_loss(LOGITS, target=LABELS)
+    with pytest.raises(TypeError, match="^input: .*logits"):
+        deft_loss(input=LOGITS, target=LABELS)
+    with pytest.raises(TypeError, match="^target: .*labels"):
+        DEFTLoss()(LOGITS, target=LABELS)
+    with pytest.raises(TypeError, match="^_input: .*FusedLinearDEFTLoss.*hidden"):
+        FusedLinearDEFTLoss()(_input=HIDDEN, weight=HEAD, labels=LABELS)
+
+
+def test_each_name_stands_for_one_thing_and_for_something_that_exists():
+    foreign = [name for names in keywords.FAMILIAR.values() for name in names]
+    assert len(foreign) == len(set(foreign))
+    calls = (deft_loss, fused_linear_deft_loss, gated_loss)
+    ours = {name for call in calls for name in inspect.signature(call).parameters}
+    for meant in keywords.FAMILIAR:
+        assert set(meant) <= ours
+    assert keywords.NOTES.keys() <= keywords.MEANT.keys()
+    for call in calls:
+        own = set(inspect.signature(call).parameters)
+        # A keyword that a call has reaches it, whatever others mean by it.
+        assert not [name for name in own if name in keywords.OF_OBJECTIVES]
+
+
+def test_signatures_are_those_that_were_written():
+    assert list(inspect.signature(deft_loss).parameters)[:3] == ["logits", "labels", "objective"]
+    assert deft_loss.__name__ == "deft_loss" and "arXiv:2602.11424" in deft_loss.__doc__
