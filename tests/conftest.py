@@ -83,7 +83,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     whole = session.config.stash.setdefault(COVERAGE, {})
     own.merge(whole)
     whole.update(own.specialisations)
-    if whole_suite(session.config) and session.exitstatus == 0 and emulation.missing(own):
+    if whole_suite(session.config) and session.exitstatus == 0 and emulation.below(own):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 

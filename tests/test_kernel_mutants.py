@@ -189,7 +189,7 @@ def test_barriers_are_missed(name: str, warps: int, monkeypatch: pytest.MonkeyPa
     """Each barrier of each kernel of a call, taken out alone, is reported as a race; but for the spare
     ones."""
     for plan in ("statistics", "gradient", "fused"):
-        monkeypatch.setattr(table, plan, lambda _, itemsize, warp: Launch(warps, 16 // itemsize, warp))
+        monkeypatch.setattr(table, plan, lambda _, itemsize, *rest: Launch(warps, 16 // itemsize, rest[-1]))
     emulator = emulation.emulator()
     assert emulator is not None
     run(vocabulary=3001, **CALLS[name])

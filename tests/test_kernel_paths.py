@@ -45,7 +45,7 @@ def test_split_rows_reach_the_main_loop(
 ) -> None:
     """Slices of a head tile, turns of four, and a tail: five tiles at least, with one warp."""
     monkeypatch.setattr(table, "splits", lambda *_: splits)
-    monkeypatch.setattr(table, "statistics", lambda _, itemsize, warp: Launch(1, 16 // itemsize, warp))
+    monkeypatch.setattr(table, "statistics", lambda _, itemsize, *rest: Launch(1, 16 // itemsize, rest[-1]))
     tile = 32 * 16 // dtype.itemsize
     z, y = make(kind, 2, splits * 10 * tile + 13, dtype)
     check(z.to(device), y.to(device), name, reduction="none")
@@ -92,7 +92,7 @@ def test_softcap_in_place(
 ) -> None:
     """The target's logit is needed at the end, when its column was overwritten."""
     for name in ("statistics", "gradient", "fused"):
-        monkeypatch.setattr(table, name, lambda _, itemsize, warp: Launch(warps, 16 // itemsize, warp))
+        monkeypatch.setattr(table, name, lambda _, itemsize, *rest: Launch(warps, 16 // itemsize, rest[-1]))
     z, y = make("plain", 3, 1531, dtype)
     check(z.to(device), y.to(device), softcap=9.0, inplace=True, grad_in_forward=in_forward)
 

@@ -44,7 +44,7 @@ def set_to(**settings: Any) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _four_warps(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("statistics", "gradient", "fused"):
-        monkeypatch.setattr(table, name, lambda _, itemsize, warp: Launch(4, 16 // itemsize, warp))
+        monkeypatch.setattr(table, name, lambda _, itemsize, *rest: Launch(4, 16 // itemsize, rest[-1]))
 
 
 def run(z: Tensor, y: Tensor, **keywords: Any) -> tuple[Tensor, Tensor]:
@@ -71,7 +71,6 @@ def test_to_the_bit_in_every_order(call: str, splits: int, monkeypatch: pytest.M
 
 # Beyond the stated bound when every result errs the same way by all that the manual allows.
 BEYOND = {
-    ("in place, softcap", "shifted"): "1 - (z / softcap)^2 cancels where the cap is reached: 1e-6 absolute",
     ("through max p", "conflict"): "g + rest cancels where the largest probability is near 1: 7e-5 relative",
 }
 
