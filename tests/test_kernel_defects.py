@@ -101,10 +101,12 @@ def test_label_out_of_range_shows_alike_in_every_gradient(
     assert len(set(found.values())) == 1, found
 
 
+@pytest.mark.filterwarnings("ignore:.*rounds the gradient to float16")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gradient_in_the_forward_in_place_under_an_upstream(dtype: torch.dtype, device: str) -> None:
-    """The gradient stands for an upstream of 1 where the logits were; another upstream scales what was
-    rounded."""
+    """The gradient stands for an upstream of 1 where the logits were, and another upstream scales what was
+    rounded: half an ulp of the first rounding is a whole one where the product ends a binade lower, and half
+    of one comes from the second."""
     z, y = make("plain", 64, 777, dtype, seed=5)
     for upstream in (0.37, 1.9, 3.0):
         exact = z.double().requires_grad_()
@@ -113,4 +115,4 @@ def test_gradient_in_the_forward_in_place_under_an_upstream(dtype: torch.dtype, 
         keywords = {"reduction": "sum", "inplace": True, "grad_in_forward": True, "backend": "triton"}
         (deft_loss(x, y.to(device), **keywords) * upstream).backward()
         assert x.grad is not None and exact.grad is not None
-        assert gradient_excess(x.grad.cpu(), exact.grad) <= 1.0
+        assert gradient_excess(x.grad.cpu(), exact.grad) <= 1.5

