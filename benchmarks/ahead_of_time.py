@@ -122,7 +122,7 @@ def source(variant: Variant) -> tuple[ASTSource, dict[str, Any]]:
         pointer["floor"] = "fp32"
     integers = {
         "n_rows", "inner", "stride_outer", "stride_inner", "out_outer", "out_inner", "vocabulary", "span",
-        "ignore_index", "dloss_stride", "splits",
+        "ignore_index", "dloss_stride", "scale_stride", "splits",
     }  # fmt: skip
     wide = {"stride_outer", "out_outer"}
     signature: dict[str, str] = {}

@@ -125,7 +125,9 @@ def ratios(records: list[Record]) -> str:
 def origin(whole: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in whole["versions"].items())
     commit = f"; commit {whole['commit']}" if whole["commit"] else ""
-    load = f" Load average before {whole['load_before'][0]:.2f}, after {whole['load_after'][0]:.2f}."
+    load = ""
+    if "load_after" in whole:
+        load = f" Load average before {whole['load_before'][0]:.2f}, after {whole['load_after'][0]:.2f}."
     note = f" {whole['note']}" if "note" in whole else ""
     return (
         f"{whole['device']} ({whole['system']}); {versions}{commit}; {whole['date']}.{load}{note}\n\n"
@@ -147,6 +149,50 @@ def losses(path: Path, images: Path, link: str) -> str:
     for name, reason in whole["skipped"].items():
         text += f"Skipped: {name}, {reason}.\n"
     return text + "\n"
+
+
+def linear(path: Path) -> str:
+    """The linear call beside its bare products: one row a contestant, one column a shape."""
+    whole = json.loads(path.read_text())
+    records = whole["records"]
+    shapes = unique((r for r in records if "ms" in r), "v")
+    known = {(r["name"], r.get("v")): r for r in records}
+
+    def text(record: Record | None) -> str:
+        if record is None or "failure" in record:
+            return "" if record is None else record["failure"]
+        memory = record["peak_bytes"] / 2**30
+        return f"{record['ms']:.1f} ms, {record['over_products']:.2f} x products, {memory:.2f} GiB"
+
+    header = [""]
+    for v in shapes:
+        first = next(r for r in records if r.get("v") == v)
+        header.append(f"{first['n']:,} x {first['d']:,} x {v:,}, {first['dtype']}")
+    rows = [[name, *(text(known.get((name, v))) for v in shapes)] for name in unique(records, "name")]
+    return (
+        f"## {whole['device']}: forward and backward from hidden states\n\n" + origin(whole) + "N x D x V. "
+        "Times over the three matrix products alone; memory is the peak beyond the inputs, with the "
+        "gradients.\n\n" + table(header, rows) + "\n"
+    )
+
+
+def candidates(path: Path) -> str:
+    """The three fastest candidates of every kernel and shape, and what the launch table holds."""
+    whole = json.loads(path.read_text())
+    found: dict[tuple[Any, ...], list[Record]] = {}
+    for r in whole["records"]:
+        found.setdefault((r["kernel"], r["objective"], r["dtype"], r["n"], r["v"]), []).append(r)
+    rows = []
+    for (kernel, objective, dtype, n, v), group in found.items():
+        own = [r for r in group if r["candidate"].startswith("table")]
+        best = [r for r in group if r not in own][:3]
+        shown = [f"{r['ratio_to_copy']:.3f} ({r['candidate']})" for r in own + best]
+        rows.append([kernel, objective, f"{n:,} x {v:,}, {dtype}", *shown, *[""] * (4 - len(shown))])
+    header = ["kernel", "objective", "", "launch table", "fastest", "second", "third"]
+    return (
+        f"## {whole['device']}: candidates for the launch table\n\n" + origin(whole) + "Times over a copy of "
+        "the logits.\n\n" + table(header, rows) + "\n"
+    )
 
 
 def compiled(path: Path) -> str:
@@ -185,6 +231,10 @@ def main() -> None:
     text = INTRODUCTION + "\n"
     for path in sorted(args.results.glob("**/losses.json")):
         text += losses(path, images, "images/")
+    for path in sorted(args.results.glob("**/linear.json")):
+        text += linear(path)
+    for path in sorted(args.results.glob("**/sweep.json")):
+        text += candidates(path)
     for path in sorted(args.results.glob("**/sass.json")):
         text += compiled(path)
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
-from . import arguments, backends, objectives, operators, reference
+from . import arguments, backends, eager, objectives, operators, reference
 from .calls import RowLoss, aligned, described, own_rows, shard_of, statistics_record, transform
 from .dtensors import is_dtensor, loss_of_dtensor, statistics_of_dtensor
 from .keywords import named
@@ -201,25 +201,29 @@ def deft_loss(
     forward = in_forward(grad_in_forward, spec, weighting, logits)
     if forward and torch.is_grad_enabled() and logits.requires_grad:
         loss, rows = _loss_with_gradient(logits, flat, weighting, ignore_index, spec)
+    elif _few_launches(logits, flat, weighting, spec) and not objective.has_band:
+        loss, rows = eager.mean_loss(logits, flat, ignore_index, spec)
     else:
-        code, numbers = spec.encode()
-        row_losses, rows = operators.row_loss(logits, flat, weight, ignore_index, code, numbers)
+        row_losses, rows = eager.row_loss(logits, flat, weight, ignore_index, spec)
         loss = weighting.reduce(row_losses, rows[Field.KEPT] != 0, flat)
         loss = loss.reshape(shape) if reduction == "none" else loss
     return (loss, statistics_record(rows, shape)) if return_stats else loss
 
 
+def _few_launches(logits: Tensor, labels: Tensor, weighting: Weighting, spec: Spec) -> bool:
+    """Whether kernels of the batch stand in for the reductions in PyTorch."""
+    return spec.backend == "triton" and weighting.counts_rows and not eager.watched(logits, labels)
+
+
 def _loss_with_gradient(
     logits: Tensor, labels: Tensor, weighting: Weighting, ignore_index: int, spec: Spec
 ) -> tuple[Tensor, Tensor]:
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    scale = weighting.row_scale(labels != ignore_index, labels, dtype)
-    code, numbers = spec.encode()
-    args = (labels, scale, weighting.class_weight, ignore_index, code, numbers)
-    if spec.inplace:
-        return operators.InPlaceLoss.apply(logits, *args)
-    loss, rows, _ = operators.row_loss_with_gradient(logits, *args)
-    return loss, rows
+    if _few_launches(logits, labels, weighting, spec):
+        scale = eager.mean_scale(labels, ignore_index)
+    else:
+        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        scale = weighting.row_scale(labels != ignore_index, labels, dtype)
+    return eager.loss_with_gradient(logits, labels, scale, weighting.class_weight, ignore_index, spec)
 
 
 def _refuse_for_function(inplace: bool, in_forward: bool | None, smoothing: float) -> None:

@@ -16,6 +16,7 @@ from .gathered import whole
 from .keywords import named
 from .objectives import Objective
 from .parallel import VocabShard
+from .products import HALF
 from .reductions import Reduction, Weighting, in_forward_obstacle
 from .spec import Spec
 from .statistics import Field, RowStatistics
@@ -23,8 +24,7 @@ from .statistics import Field, RowStatistics
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# Bytes of the chunk buffer. CPU: docs/linear.md has the measurement. GPUs: not measured; one chunk for 4096
-# bf16 rows of a Llama 3 vocabulary, because every further chunk reads and writes the fp32 sum of dW once.
+# Bytes of the chunk buffer; docs/linear.md has the measurements, on a CPU and on an H200.
 CHUNK_BYTES = {"cpu": 32 * 2**20}
 CHUNK_BYTES_ELSEWHERE = 2**30
 
@@ -67,9 +67,18 @@ def _product_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch
     return hidden.dtype
 
 
-def _budget(chunk_bytes: Any, hidden: Tensor) -> int:
+def _budget(chunk_bytes: Any, hidden: Tensor, columns: int, product: torch.dtype, summed: bool) -> int:
+    """Bytes of the chunk buffer. columns: of the logits, as every rank counts them.
+
+    summed: several chunks would need the weight's gradient in fp32 beside them. Where one chunk takes no more
+    than a buffer and that sum, it is one: less memory at its peak, and no sum to read and write.
+    """
     if chunk_bytes is None:
-        return CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES_ELSEWHERE)
+        if hidden.device.type in CHUNK_BYTES:
+            return CHUNK_BYTES[hidden.device.type]
+        one = hidden.numel() // hidden.shape[-1] * columns * product.itemsize
+        sums = 4 * columns * hidden.shape[-1] if summed and product in HALF else 0
+        return max(one, 1) if one <= CHUNK_BYTES_ELSEWHERE + sums else CHUNK_BYTES_ELSEWHERE
     budget: int = arguments.integer("chunk_bytes", chunk_bytes)
     if budget < 1:
         raise ValueError(f"chunk_bytes: expected a positive number of bytes, got {budget}")
@@ -136,8 +145,9 @@ def fused_linear_deft_loss(
         class_weight: [V], the `weight` of `deft_loss`.
         logit_scale: a positive number that multiplies the logits (Cohere's logit_scale, 1 / Granite's
             logits_scaling), before softcap and temperature.
-        chunk_bytes: size of the buffer of logits; a chunk holds at least one row. None: 32 MiB on a CPU,
-            1 GiB elsewhere.
+        chunk_bytes: size of the buffer of logits; a chunk holds at least one row. None: 32 MiB on a CPU.
+            Elsewhere one chunk where that takes no more memory than 1 GiB and the fp32 sum of dW that
+            several chunks need; else 1 GiB.
         group: torch.distributed ranks that split the head: weight is [V_r, D] and bias [V_r], this rank's
             rows of them; hidden is the same on every rank, and so is everything else (see `deft_loss`). Every
             rank's gradient of hidden is the whole one.
@@ -174,7 +184,6 @@ def fused_linear_deft_loss(
     outline = arguments.Outline((*hidden.shape[:-1], weight.shape[0]), hidden.device)
     arguments.check_labels(labels, outline)
     arguments.check_token_weight(token_weight, labels, outline)
-    budget = _budget(chunk_bytes, hidden)
     settings = transform(logit_scale, softcap, temperature)
     settings["z_loss"] = arguments.number("z_loss", z_loss, 0.0)
     settings["label_smoothing"] = arguments.number("label_smoothing", label_smoothing, 0.0, 1.0)
@@ -182,6 +191,9 @@ def fused_linear_deft_loss(
     chosen = backends.choose(backend, hidden.device, product)
     shard = shard_of(group, weight.shape[0], hidden.device, chosen)
     vocabulary = weight.shape[0] if shard is None else shard.size
+    columns = vocabulary if shard is None else -(-shard.size // shard.ranks)
+    summed = torch.is_grad_enabled() and weight.requires_grad
+    budget = _budget(chunk_bytes, hidden, columns, product, summed)
     arguments.check_class_weight(class_weight, outline, vocabulary, "class_weight")
     if chosen == "reference":
         options: dict[str, Any] = {"num_items": num_items, "shift": shift, "return_stats": return_stats}

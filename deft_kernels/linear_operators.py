@@ -84,7 +84,7 @@ def linear_loss_with_gradient(
         loss, rows, gradients = chunks.loss_with_gradient(
             implementation(spec), head, labels, row_scale, class_weight, ignore_index, spec, wanted
         )
-        return (weighted_total(loss, row_scale, rows), rows, *gradients)
+        return (weighted_total(loss, row_scale, rows, spec), rows, *gradients)
 
 
 @linear_loss_with_gradient.register_fake

@@ -1,8 +1,9 @@
 """The operators of the package, registered with torch.library, and their hand-written backward.
 
-Registered operators rather than `torch.autograd.Function` because torch.compile then needs no graph break
-and opcheck can hold the schema, the shape functions and the autograd rule to their word. Settings travel as
-(code, numbers), see `spec`. Labels are flat, int64, [N]; logits [..., V] keep their shape and strides.
+Registered, so that torch.compile needs no graph break and opcheck can hold the schema, the shape functions
+and the autograd rule to their word; plain eager calls take the quicker Functions of `eager`. Settings are
+handed over as (code, numbers), see `spec`. Labels are flat, int64, [N]; logits [..., V] keep their shape and
+strides.
 """
 
 import os
@@ -49,8 +50,12 @@ def check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
         )
 
 
-def weighted_total(loss: Tensor, row_scale: Tensor, rows: Tensor) -> Tensor:
+def weighted_total(loss: Tensor, row_scale: Tensor, rows: Tensor, spec: Spec) -> Tensor:
     """sum_i row_scale_i loss_i over the rows that are kept; a scale of NaN or inf elsewhere is not met."""
+    if spec.backend == "triton":
+        from .kernels import launch
+
+        return launch.weighted_total(loss, row_scale, rows)
     return torch.where(rows[Field.KEPT] != 0, loss * row_scale, 0.0).sum()
 
 
@@ -92,7 +97,7 @@ def row_loss_with_gradient(
     loss, rows = implementation(spec).row_loss_with_gradient(
         logits, labels, row_scale, class_weight, ignore_index, spec, dlogits
     )
-    return weighted_total(loss, row_scale, rows), rows, dlogits
+    return weighted_total(loss, row_scale, rows, spec), rows, dlogits
 
 
 @row_loss_with_gradient.register_fake
@@ -103,7 +108,7 @@ def _(logits, labels, row_scale, class_weight, ignore_index, code, numbers):
 
 
 @lru_cache(maxsize=1)
-def _warn_of_underflow() -> None:
+def warn_of_underflow() -> None:
     """Once: said here rather than in the backward, which on a GPU does not know its upstream."""
     warnings.warn(
         "deft_kernels: inplace=True with grad_in_forward=True rounds the gradient to float16 before the loss "
@@ -128,11 +133,11 @@ def row_loss_with_gradient_(
     spec = decode(code, numbers)
     check_labels(labels, spec.vocabulary(logits.shape[-1]), ignore_index)
     if logits.dtype == torch.float16:
-        _warn_of_underflow()
+        warn_of_underflow()
     loss, rows = implementation(spec).row_loss_with_gradient(
         logits, labels, row_scale, class_weight, ignore_index, spec, logits
     )
-    return weighted_total(loss, row_scale, rows), rows
+    return weighted_total(loss, row_scale, rows, spec), rows
 
 
 @row_loss_with_gradient_.register_fake
@@ -257,17 +262,31 @@ def _setup_row_loss(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(logits, labels, class_weight, output[1])
 
 
+def gradient_of_rows(
+    logits: Tensor,
+    labels: Tensor,
+    class_weight: Optional[Tensor],
+    rows: Tensor,
+    dloss: Tensor,
+    code: str,
+    numbers: List[float],
+) -> Tensor:
+    """The gradient by the logits, in their storage where the settings say so."""
+    args = (labels, class_weight, rows, dloss, code, numbers)
+    if not decode(code, numbers).inplace:
+        return logits_gradient(logits, *args)
+    if torch.is_grad_enabled():
+        no_double_backward()
+    # detach shares storage and version counter: a later use of the logits raises.
+    overwritten = logits.detach()
+    logits_gradient_(overwritten, *args)
+    return overwritten
+
+
 def _row_loss_backward(ctx: Any, dloss: Tensor, _: Any) -> Any:
     logits, labels, class_weight, rows = ctx.saved_tensors
-    args = (labels, class_weight, rows, dloss, ctx.code, ctx.numbers)
-    if decode(ctx.code, ctx.numbers).inplace:
-        if torch.is_grad_enabled():
-            no_double_backward()
-        # detach shares storage and version counter: a later use of the logits raises.
-        overwritten = logits.detach()
-        logits_gradient_(overwritten, *args)
-        return overwritten, None, None, None, None, None
-    return logits_gradient(logits, *args), None, None, None, None, None
+    dlogits = gradient_of_rows(logits, labels, class_weight, rows, dloss, ctx.code, ctx.numbers)
+    return dlogits, None, None, None, None, None
 
 
 def _setup_with_gradient(ctx: Any, inputs: Any, output: Any) -> None:
@@ -309,6 +328,14 @@ row_statistics.register_autograd(_statistics_backward, setup_context=_setup_stat
 logits_gradient.register_autograd(no_double_backward, setup_context=save_nothing)
 
 
+def check_in_place_backward(dlogits: Optional[Tensor]) -> None:
+    # once_differentiable speaks up only when the upstream itself carries a graph.
+    if torch.is_grad_enabled():
+        no_double_backward()
+    if dlogits is None:
+        raise RuntimeError("inplace: the logits' storage held the gradient, which a first backward took")
+
+
 class InPlaceLoss(torch.autograd.Function):
     """Loss whose forward leaves the gradient in the logits' storage; the version counter moves with it.
 
@@ -336,12 +363,8 @@ class InPlaceLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dtotal: Tensor, _: Any) -> Any:
-        # once_differentiable speaks up only when dtotal itself carries a graph.
-        if torch.is_grad_enabled():
-            no_double_backward()
         labels, row_scale, class_weight, rows = ctx.saved_tensors
         dlogits, ctx.dlogits = ctx.dlogits, None
-        if dlogits is None:
-            raise RuntimeError("inplace: the logits' storage held the gradient, which a first backward took")
+        check_in_place_backward(dlogits)
         match_upstream_(dlogits, dtotal, None, labels, row_scale, class_weight, rows, ctx.code, ctx.numbers)
         return dlogits, None, None, None, None, None, None

@@ -71,6 +71,12 @@ class Weighting:
         return scale / self.denominator(kept, labels, dtype)
 
     @property
+    def counts_rows(self) -> bool:
+        """Whether it is a mean over the rows that count, and nothing else."""
+        weights = (self.token_weight, self.class_weight, self.num_items)
+        return self.reduction == "mean" and all(weight is None for weight in weights)
+
+    @property
     def differentiable(self) -> bool:
         tensors = (self.token_weight, self.num_items)
         return any(isinstance(t, Tensor) and t.requires_grad for t in tensors)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from deft_kernels import fused_linear_deft_loss, linear_operators, objectives
+from deft_kernels import fused_linear_deft_loss, linear, linear_operators, objectives
 
 # A chunk of 2 rows is 16 kB of fp32; N * V elements of one byte would be more. The row numbers that a block
 # of the PyTorch backend keeps for itself, 2^21 / V, are fewer.
@@ -135,3 +135,20 @@ def test_resident_memory_stays_at_the_budget():
     mean, none = (int(line) for line in printed.split())
     assert mean <= 24 * 2**20
     assert none <= 24 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("rows", "device", "dtype", "summed", "expected"),
+    [
+        (8192, "meta", torch.bfloat16, True, 8192 * 131072 * 2),  # 2 GiB for one; several need 3
+        (16384, "meta", torch.bfloat16, True, 2**30),  # 4 GiB for one
+        (8192, "meta", torch.bfloat16, False, 2**30),  # a frozen head has no sum
+        (2048, "meta", torch.bfloat16, False, 2048 * 131072 * 2),  # within a buffer anyway
+        (8192, "meta", torch.float32, True, 2**30),  # fp32 is summed in place
+        (8192, "cpu", torch.bfloat16, True, 32 * 2**20),
+    ],
+)
+def test_one_chunk_where_that_is_the_least_memory(rows, device, dtype, summed, expected):
+    hidden = torch.empty(rows if device == "meta" else 1, 4096, device=device)
+    assert linear._budget(None, hidden, 131072, dtype, summed) == expected
+    assert linear._budget(123, hidden, 131072, dtype, summed) == 123

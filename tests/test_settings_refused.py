@@ -133,7 +133,7 @@ def test_an_evaluation_that_can(backend, device):
 
 def test_float16_in_place_in_the_forward_warns_once(backend, device):
     """The gradient is rounded before the loss scale is known: what is 0 by then stays 0."""
-    operators._warn_of_underflow.cache_clear()
+    operators.warn_of_underflow.cache_clear()
     options = {"inplace": True, "grad_in_forward": True, "num_items": 2**16, "backend": backend}
     logits, labels = rows(device, torch.float16)
 
@@ -151,7 +151,7 @@ def test_float16_in_place_in_the_forward_warns_once(backend, device):
             exact = scaled(**options | other)
             assert ((lossy == 0) & (exact != 0)).any()
     for dtype in (torch.bfloat16, torch.float32):
-        operators._warn_of_underflow.cache_clear()
+        operators.warn_of_underflow.cache_clear()
         x = logits.to(dtype).requires_grad_()
         deft_loss(x * 1.0, labels, **options)
 

@@ -62,8 +62,10 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+# Made once a Spec: anew at each launch they take the host longer than the launch.
+@lru_cache(maxsize=256)
 def objective_constants(spec: Spec) -> dict[str, Any]:
-    """The constexprs and scalars that say which objective it is."""
+    """The constexprs that say which objective it is."""
     o = spec.objective
     through = finish.HELD
     if not o.detach and o.family != "none":
@@ -88,6 +90,7 @@ def objective_constants(spec: Spec) -> dict[str, Any]:
     }
 
 
+@lru_cache(maxsize=256)
 def objective_scalars(spec: Spec) -> dict[str, float]:
     o = spec.objective
     return {

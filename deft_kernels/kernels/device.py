@@ -82,9 +82,10 @@ def expm1(x):
 
 @triton.jit
 def cap_terms(z, softcap):
-    """(e, 1 / (1 + e)) with e = exp(-2 |z| / softcap), of which the soft cap and its slope are made."""
-    e = tl.exp2(tl.abs(z) * (-2.0 * LOG2E / softcap))
-    return e, 1.0 / (1.0 + e)
+    """(x, e, 1 / (1 + e)) with e = 2^-|x| = exp(-2 |z| / softcap), for the cap and its slope."""
+    x = z * (2.0 * LOG2E / softcap)
+    e = tl.exp2(-tl.abs(x))
+    return x, e, 1.0 / (1.0 + e)
 
 
 @triton.jit
@@ -95,9 +96,9 @@ def softcapped(z, softcap, SOFTCAP: tl.constexpr):
     instructions a logit more.
     """
     if SOFTCAP:
-        e, inverse = cap_terms(z, softcap)
+        x, e, inverse = cap_terms(z, softcap)
         size = softcap * ((1.0 - e) * inverse)
-        return tl.where(z < 0.0, -size, size)
+        return tl.where(x < 0.0, -size, size)
     else:
         return z
 
@@ -106,7 +107,7 @@ def softcapped(z, softcap, SOFTCAP: tl.constexpr):
 def cap_slope(z, softcap):
     """d softcapped / dz = 1 - tanh^2 = 4 e / (1 + e)^2: the difference would lose its digits from
     |z| = 9 softcap on."""
-    e, inverse = cap_terms(z, softcap)
+    _, e, inverse = cap_terms(z, softcap)
     return 4.0 * e * (inverse * inverse)
 
 

@@ -16,6 +16,7 @@ from ..spec import Spec
 from ..states import state_size
 from ..statistics import Field
 from . import objectives, table
+from .batch_kernels import mean_scale_kernel, weighted_total_kernel
 from .call import (
     Call,
     kernel_for,
@@ -188,8 +189,8 @@ def row_loss_with_gradient(
     kernel_for(fused_kernel, min(call.vocabulary, 2))[(call.count,)](
         logits, labels, call.class_weight, call.weight_total, rows, loss, row_scale, out,
         call.count, **call.position(), out_outer=out_outer, out_inner=out_inner,
-        vocabulary=call.vocabulary, ignore_index=ignore_index, k=call.k, softcap=spec.softcap,
-        temperature=spec.temperature, floor=0.5 * (spec.objective.mean_prob or 0.0), **call.scalars,
+        scale_stride=row_scale.stride(0), vocabulary=call.vocabulary, ignore_index=ignore_index, k=call.k,
+        softcap=spec.softcap, temperature=spec.temperature, floor=0.5 * (spec.objective.mean_prob or 0.0), **call.scalars,
         spread=spec.label_smoothing / call.vocabulary / spec.temperature, **call.constants,
         WEIGHTED=call.weighted, SOFTCAP=call.softcap, TIES=spec.peaks,
         PEEL=peel(plan.width, (logits, out), (call.strides, out_strides)),
@@ -198,6 +199,23 @@ def row_loss_with_gradient(
         num_warps=plan.num_warps, **call.options,
     )  # fmt: skip
     return loss, rows
+
+
+@on_device
+def mean_scale(labels: Tensor, ignore_index: int) -> Tensor:
+    """d loss / d row of a mean, [N] with stride 0: 1 over the number of rows that count."""
+    scale = torch.empty(1, dtype=torch.float32, device=labels.device)
+    mean_scale_kernel[(1,)](labels, scale, labels.numel(), ignore_index, num_warps=8)
+    return scale.expand(labels.numel())
+
+
+@on_device
+def weighted_total(loss: Tensor, row_scale: Tensor, rows: Tensor) -> Tensor:
+    """As `operators.weighted_total`."""
+    total = torch.empty(1, dtype=torch.float32, device=loss.device)
+    args = (loss, rows[Field.KEPT], row_scale, total, loss.numel(), row_scale.stride(0))
+    weighted_total_kernel[(1,)](*args, num_warps=8)
+    return total.reshape(())
 
 
 @on_device

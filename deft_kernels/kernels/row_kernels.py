@@ -272,10 +272,10 @@ def fused_kernel(
     weight_total,  # [1] or unused
     rows,  # [18, N] fp32
     loss,  # [N] fp32
-    row_scale,  # [N] fp32
+    row_scale,  # [N] fp32, stride scale_stride
     dlogits,  # [N, V], may be the logits
-    n_rows, inner, stride_outer, stride_inner, out_outer, out_inner, vocabulary, ignore_index, k, softcap,
-    temperature, alpha, eps, power, scale, floor, low, high, z_loss, smoothing, spread,
+    n_rows, inner, stride_outer, stride_inner, out_outer, out_inner, scale_stride, vocabulary, ignore_index,
+    k, softcap, temperature, alpha, eps, power, scale, floor, low, high, z_loss, smoothing, spread,
     FOCUS: tl.constexpr, FAMILY: tl.constexpr, THROUGH: tl.constexpr, IS_WEIGHT: tl.constexpr,
     BANDED: tl.constexpr, Z_LOSS: tl.constexpr, SMOOTHED: tl.constexpr, WEIGHTED: tl.constexpr,
     SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, TIES: tl.constexpr,
@@ -296,7 +296,7 @@ def fused_kernel(
         raw_target = target_of(base + lead, label, vocabulary)
         z_target = softcapped(raw_target, softcap, SOFTCAP)
         # Before the loop, which hides its latency.
-        factor = tl.load(row_scale + row).to(tl.float32)
+        factor = tl.load(row_scale + row.to(tl.int64) * scale_stride).to(tl.float32)
         weights = class_weight
         if WEIGHTED:
             weights = class_weight - lead

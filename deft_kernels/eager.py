@@ -1,0 +1,174 @@
+"""The losses of `operators` as autograd Functions that call the backend themselves.
+
+An operator's way through torch.library costs the host about 130 us a training step that a Function does not.
+But a tracer, a fake tensor or a mode has to see one operator, not a backend that reads addresses: `watched`
+asks, and who is watched gets the operator.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import operators
+from .spec import Spec
+
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def watched(*tensors: Tensor | None) -> bool:
+    """Whether somebody traces, or stands in for, what happens to these tensors."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
+        return True
+    return any(t is not None and (type(t) not in PLAIN or t.is_meta) for t in tensors)
+
+
+def row_loss(
+    logits: Tensor, labels: Tensor, class_weight: Tensor | None, ignore_index: int, spec: Spec
+) -> tuple[Tensor, Tensor]:
+    """As `operators.row_loss`."""
+    if watched(logits, labels, class_weight):
+        return operators.row_loss(logits, labels, class_weight, ignore_index, *spec.encode())
+    return RowLoss.apply(logits, labels, class_weight, ignore_index, spec)
+
+
+def loss_with_gradient(
+    logits: Tensor,
+    labels: Tensor,
+    row_scale: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    spec: Spec,
+) -> tuple[Tensor, Tensor]:
+    """(sum_i row_scale_i loss_i, rows); the gradient is made here, in the logits' storage if so asked."""
+    if not watched(logits, labels, row_scale, class_weight):
+        return LossWithGradient.apply(logits, labels, row_scale, class_weight, ignore_index, spec)
+    args = (labels, row_scale, class_weight, ignore_index, *spec.encode())
+    if spec.inplace:
+        return operators.InPlaceLoss.apply(logits, *args)
+    loss, rows, _ = operators.row_loss_with_gradient(logits, *args)
+    return loss, rows
+
+
+def mean_scale(labels: Tensor, ignore_index: int) -> Tensor:
+    """1 over the number of rows that count, [N] with stride 0, by one launch."""
+    from .kernels import launch
+
+    return launch.mean_scale(labels, ignore_index)
+
+
+def mean_loss(logits: Tensor, labels: Tensor, ignore_index: int, spec: Spec) -> tuple[Tensor, Tensor]:
+    """(mean loss over the rows that count, rows), of the Triton backend: three launches, and two backward."""
+    return MeanLoss.apply(logits, labels, ignore_index, spec)
+
+
+def _room(logits: Tensor, spec: Spec) -> Tensor:
+    """Where the gradient goes: a tensor of its own, or the logits' storage, whose later use then raises."""
+    if not spec.inplace:
+        return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    overwritten = logits.detach()  # shares storage and version counter
+    torch.autograd.graph.increment_version(overwritten)
+    return overwritten
+
+
+def gradient(
+    logits: Tensor, labels: Tensor, class_weight: Tensor | None, rows: Tensor, dloss: Tensor, spec: Spec
+) -> Tensor:
+    """By the logits, for an upstream `dloss` [N] of any stride."""
+    if torch.is_grad_enabled() or watched(logits, dloss):
+        # With create_graph=True the operator's own backward is the one that raises.
+        return operators.gradient_of_rows(logits, labels, class_weight, rows, dloss, *spec.encode())
+    dlogits = _room(logits, spec)
+    backend = operators.implementation(spec)
+    backend.gradient(logits, labels, class_weight, rows, dloss, spec, dlogits)
+    return dlogits
+
+
+class RowLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        labels: Tensor,
+        class_weight: Tensor | None,
+        ignore_index: int,
+        spec: Spec,
+    ) -> tuple[Tensor, Tensor]:
+        operators.check_labels(labels, spec.vocabulary(logits.shape[-1]), ignore_index)
+        loss, rows = operators.implementation(spec).row_loss(logits, labels, class_weight, ignore_index, spec)
+        ctx.mark_non_differentiable(rows)
+        ctx.save_for_backward(logits, labels, class_weight, rows)
+        ctx.spec = spec
+        return loss, rows
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor, _: Any) -> Any:
+        logits, labels, class_weight, rows = ctx.saved_tensors
+        return gradient(logits, labels, class_weight, rows, dloss, ctx.spec), None, None, None, None
+
+
+class MeanLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int, spec: Spec
+    ) -> tuple[Tensor, Tensor]:
+        operators.check_labels(labels, spec.vocabulary(logits.shape[-1]), ignore_index)
+        scale = mean_scale(labels, ignore_index)
+        loss, rows = operators.implementation(spec).row_loss(logits, labels, None, ignore_index, spec)
+        ctx.mark_non_differentiable(rows)
+        ctx.save_for_backward(logits, labels, rows, scale)
+        ctx.spec = spec
+        return operators.weighted_total(loss, scale, rows, spec), rows
+
+    @staticmethod
+    def backward(ctx: Any, dmean: Tensor, _: Any) -> Any:
+        logits, labels, rows, scale = ctx.saved_tensors
+        dloss = (dmean * scale[:1]).expand(len(labels))
+        return gradient(logits, labels, None, rows, dloss, ctx.spec), None, None, None
+
+
+class LossWithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        labels: Tensor,
+        row_scale: Tensor,
+        class_weight: Tensor | None,
+        ignore_index: int,
+        spec: Spec,
+    ) -> tuple[Tensor, Tensor]:
+        operators.check_labels(labels, spec.vocabulary(logits.shape[-1]), ignore_index)
+        if spec.inplace and logits.dtype == torch.float16:
+            operators.warn_of_underflow()
+        dlogits = _room(logits, spec)
+        args = (labels, row_scale, class_weight, ignore_index, spec, dlogits)
+        loss, rows = operators.implementation(spec).row_loss_with_gradient(logits, *args)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(rows)
+        ctx.save_for_backward(None if spec.inplace else logits, labels, row_scale, class_weight, rows)
+        ctx.dlogits, ctx.spec = dlogits, spec
+        return operators.weighted_total(loss, row_scale, rows, spec), rows
+
+    @staticmethod
+    def backward(ctx: Any, dtotal: Tensor | None, _: Any) -> Any:
+        if dtotal is None:
+            return (None,) * 6
+        logits, labels, row_scale, class_weight, rows = ctx.saved_tensors
+        spec: Spec = ctx.spec
+        # Handing out the one reference lets autograd keep the tensor as .grad without a copy.
+        dlogits, ctx.dlogits = ctx.dlogits, None
+        if spec.inplace:
+            operators.check_in_place_backward(dlogits)
+        elif dlogits is None or torch.is_grad_enabled() or watched(dtotal):
+            # Given away by an earlier backward; or with a graph of its own, for which the operator raises.
+            saved = (logits, labels, class_weight, rows)
+            dloss = (dtotal * row_scale).to(rows.dtype)
+            return operators.logits_gradient(*saved, dloss, *spec.encode()), None, None, None, None, None
+        backend = operators.implementation(spec)
+        backend.match_upstream(dlogits, dtotal, logits, labels, row_scale, class_weight, rows, spec)
+        return dlogits, None, None, None, None, None

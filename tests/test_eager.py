@@ -1,0 +1,121 @@
+"""Plain eager calls go by autograd Functions; whoever traces sees one operator (see `deft_kernels.eager`)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from deft_kernels import deft_loss, eager, operators
+
+MODES = {
+    "default": {"grad_in_forward": False},
+    "in forward": {"grad_in_forward": True},
+    "in place": {"inplace": True, "grad_in_forward": False},
+    "in place, in forward": {"inplace": True, "grad_in_forward": True},
+}
+
+
+def inputs() -> tuple[Tensor, Tensor]:
+    labels = torch.randint(0, 50, (6,))
+    labels[2] = -100
+    return torch.randn(6, 50), labels
+
+
+class Watch(TorchDispatchMode):
+    """Names of the package's operators that were called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "deft_kernels":
+            self.seen.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def step(logits: Tensor, labels: Tensor, keywords: dict) -> tuple[Tensor, Tensor]:
+    leaf = logits.clone().requires_grad_()
+    loss = deft_loss(leaf, labels, **keywords)
+    (loss * 0.5).backward()
+    return loss.detach(), leaf.grad
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_functions_and_operators_agree(mode, backend, device):
+    """Bit for bit, but for the mean of the kernels, which is summed in another order."""
+    logits, labels = (t.to(device) for t in inputs())
+    keywords = MODES[mode] | {"backend": backend}
+    plain = step(logits, labels, keywords)
+    with Watch() as watch:
+        watched = step(logits, labels, keywords)
+    assert watch.seen
+    torch.testing.assert_close(plain[0], watched[0], rtol=0.0 if backend == "torch" else 3e-7, atol=0.0)
+    assert torch.equal(plain[1], watched[1])
+
+
+@pytest.mark.parametrize("count", [0, 1, 4095, 4096, 4097, 9000])
+def test_a_mean_over_many_rows(count, backend, device):
+    """The kernels of the batch take 4,096 rows at a time."""
+    logits = torch.randn(count, 3, device=device)
+    labels = torch.randint(0, 3, (count,), device=device)
+    labels[::3] = -100
+    loss, gradient = step(logits, labels, {"objective": "nll", "backend": backend})
+    exact, expected = step(logits.double(), labels, {"objective": "nll", "backend": "reference"})
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(gradient.double(), expected, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_plain_call_uses_no_operator(mode, backend, device, monkeypatch):
+    def fail(*_):
+        raise AssertionError("an operator was called")
+
+    names = ("row_loss", "row_loss_with_gradient", "row_loss_with_gradient_", "logits_gradient",
+             "logits_gradient_", "match_upstream_")  # fmt: skip
+    for name in names:
+        monkeypatch.setattr(operators, name, fail)
+    logits, labels = (t.to(device) for t in inputs())
+    loss, gradient = step(logits, labels, MODES[mode] | {"backend": backend})
+    assert loss.isfinite() and gradient.any()
+
+
+def test_who_is_watched():
+    logits, labels = inputs()
+    assert not eager.watched(logits, labels, None)
+    assert not eager.watched(torch.nn.Parameter(logits), labels)
+    assert eager.watched(logits.to("meta"), labels)
+    with FakeTensorMode() as mode:
+        assert eager.watched(logits, labels)
+    assert eager.watched(mode.from_tensor(logits), labels)
+    seen = []
+    torch.vmap(lambda z: seen.append(eager.watched(z)) or z)(logits)
+    assert seen == [True]
+
+
+def test_a_trace_holds_one_operator_and_its_backward():
+    logits, labels = inputs()
+
+    def gradient(z: Tensor) -> Tensor:
+        leaf = z.detach().requires_grad_()
+        return torch.autograd.grad(deft_loss(leaf, labels, grad_in_forward=False), leaf)[0]
+
+    graph = make_fx(gradient)(logits)
+    names = [str(node.target) for node in graph.graph.nodes if "deft_kernels" in str(node.target)]
+    assert names == ["deft_kernels.row_loss.default", "deft_kernels.logits_gradient.default"]
+    assert torch.equal(graph(logits), gradient(logits))
+
+
+@pytest.mark.parametrize("mode", ["in place", "in place, in forward"])
+def test_the_logits_version_moves(mode, backend, device):
+    logits, labels = (t.to(device) for t in inputs())
+    leaf = logits.clone().requires_grad_()
+    hidden = leaf * 1.0
+    squares = (hidden * hidden).sum()
+    loss = deft_loss(hidden, labels, backend=backend, **MODES[mode])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (loss + squares).backward()
