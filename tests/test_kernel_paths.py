@@ -11,7 +11,7 @@ from rows import gradient_excess, loss_excess, make
 from torch import Tensor
 
 from deft_kernels import deft_loss, objectives
-from deft_kernels.kernels import table
+from deft_kernels.kernels import call, table
 from deft_kernels.kernels.table import Launch
 from deft_kernels.objectives import Objective
 
@@ -109,6 +109,15 @@ def test_logits_that_begin_off_a_boundary(lead: int, in_forward: bool, inplace: 
     view = storage[lead:].as_strided((3, 1281), (1289, 1), lead)
     view.copy_(z)
     check(view, y.to(device), reduction="sum", inplace=inplace, grad_in_forward=in_forward)
+
+
+def test_no_peeling_where_the_base_is_off_a_boundary() -> None:
+    """Rows that lie alike, the first of them off: peeling would gain nothing, as no load gets wide."""
+    storage = torch.zeros(4 + 3 * 1289, dtype=torch.bfloat16)
+    strides = ((1289, 0), (1289, 0))
+    assert call.peel(8, (storage, storage), strides)
+    assert not call.peel(8, (storage[4:], storage[4:]), strides)
+    assert not call.peel(8, (storage, storage[4:]), strides)
 
 
 @pytest.mark.parametrize("in_forward", [False, True])

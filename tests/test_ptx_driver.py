@@ -15,6 +15,7 @@ if emulation.emulator() is None:
 
 import triton
 import triton.language as tl
+from ptx.coverage import Coverage
 from ptx.driver import Emulator
 from ptx.host import Idle
 from ptx.machine import Settings
@@ -37,6 +38,15 @@ def total(x, y, n, BLOCK: tl.constexpr):
     """Several warps: a reduction by way of shared memory."""
     at = tl.arange(0, BLOCK)
     tl.store(y, tl.sum(tl.load(x + at, mask=at < n, other=0.0), 0))
+
+
+@triton.jit
+def positive(x):
+    if tl.load(x) > 0.0:
+        tl.store(x, 2.0)
+    else:
+        tl.debug_barrier()
+        tl.store(x, 3.0)
 
 
 @pytest.fixture(params=[80, 90, 100])
@@ -92,3 +102,29 @@ def test_the_driver_before_is_back() -> None:
     with Emulator(80).active() as other:
         assert active() is other
     assert active() is before
+
+
+def test_reports_fail_the_test_that_caused_them() -> None:
+    session = emulation.emulator()
+    assert session is not None
+    session.reports.add(
+        "race (write-write) within a CTA, global", "kernel", "file.py:1 [st] / file.py:2 [st]"
+    )
+    with pytest.raises(AssertionError, match=r"race \(write-write\).* in kernel at file.py:1"):
+        emulation.fail_on_reports("in this test")
+    emulation.fail_on_reports("in the next one")
+
+
+def test_coverage() -> None:
+    """A branch that is not taken, then taken in another session: hits add up."""
+    found = []
+    for sign in (1.0, -1.0):
+        with Emulator(90).active() as emulator:
+            x = torch.full((1,), sign)
+            positive[(1,)](x, enable_fp_fusion=True)
+            found.append(Coverage.of(emulator.kernels.values()))
+    (ran, known), (blocks, all_blocks) = found[0].lines(), found[0].blocks()
+    assert ran < known and blocks < all_blocks
+    found[0].merge(found[1].specialisations)
+    assert found[0].lines()[0] == known and found[0].blocks() == (all_blocks, all_blocks)
+    assert not found[0].places()[1] - found[0].places()[0]
