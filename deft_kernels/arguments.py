@@ -212,6 +212,11 @@ def number_of_items(num_items: Any, reduction: str) -> Any:
         check_dense(num_items, "num_items")
         if num_items.numel() != 1:
             raise ValueError(f"num_items: expected one element, got shape {tuple(num_items.shape)}")
+        # Where the host sees it without waiting; 0 is a batch with nothing to count.
+        if num_items.device.type == "cpu" and type(num_items) is Tensor and not torch.compiler.is_compiling():
+            value = num_items.detach().item()
+            if not value >= 0:
+                raise ValueError(f"num_items: expected a number that is not negative, got {value}")
         return num_items
     num_items = real("num_items", num_items)
     if not num_items > 0:
@@ -221,6 +226,10 @@ def number_of_items(num_items: Any, reduction: str) -> Any:
 
 def check_inplace(logits: Tensor) -> None:
     """An in-place gradient needs every logit to have storage of its own."""
+    if (
+        logits.numel() == 0
+    ):  # a rank without rows or columns, whatever its strides, goes along with the others
+        return
     reach = 0
     for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
         if size > 1:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from . import arguments
+from .agreement import validating
 from .objectives import TABLE, Objective, resolve
-from .parallel import Shard, resolved
+from .parallel import Shard, VocabShard, group_name, remember, resolved, vocabulary_of
 from .reductions import class_weights
 from .statistics import Field, RowStatistics, with_stand_ins
 
@@ -74,13 +75,40 @@ def transform(logit_scale: Any, softcap: Any, temperature: Any) -> dict[str, Any
     }
 
 
-def shard_of(group: Any, width: int, device: torch.device, backend: str) -> Shard | None:
+def shard_of(
+    group: Any,
+    width: int,
+    device: torch.device,
+    backend: str,
+    labels: Tensor,
+    ignore_index: int,
+    weight: Tensor | None = None,
+) -> Shard | None:
     """Which columns of a vocabulary these are, split between the ranks of a group; None for all of it."""
     if group is None:
         return None
     if backend == "reference":
         raise ValueError('group: not available with backend="reference", which is one process')
+    # Under validation the ranks have asked for this very call.
+    asked = torch.compiler.is_compiling() or validating()
+    if not asked and not _fits(group, labels, ignore_index, weight):
+        remember(group, None)
     return resolved(group, width, device)
+
+
+def _fits(group: Any, labels: Tensor, ignore_index: int, weight: Any) -> bool:
+    """Whether the vocabulary that a group's ranks remember can be this call's, by what all of them see."""
+    if isinstance(group, VocabShard):
+        return True
+    group_name(group)
+    size = vocabulary_of(group)
+    if size is None:
+        return True
+    if isinstance(weight, Tensor) and weight.numel() != size:
+        return False
+    if labels.device.type != "cpu":
+        return True
+    return not bool(((labels >= size) & (labels != ignore_index)).any())
 
 
 def statistics_record(rows: Tensor, shape: torch.Size) -> RowStatistics:

@@ -10,10 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import arguments
+from .agreement import validating
 from .objectives import Objective, resolve
 from .parallel import VocabShard, total
 from .reductions import class_weights
 from .statistics import RowStatistics
+
+
+def refuse_dtensors(tensors: dict[str, Any], of: str) -> None:
+    """TypeError for a DTensor among arguments of a call whose `of` is a plain tensor."""
+    for name, tensor in tensors.items():
+        if is_dtensor(tensor):
+            raise TypeError(
+                f"{name}: is a DTensor, {of} is a plain tensor; pass {name}.to_local() or .full_tensor(), or "
+                f"{of} as a DTensor where it may be one"
+            )
 
 
 def is_dtensor(tensor: Any) -> bool:
@@ -52,10 +64,50 @@ class _Layout:
         if tensor is None:
             return None
         if is_dtensor(tensor):
+            if tensor.device_mesh != self.mesh:
+                raise ValueError(f"{name}: lies on {tensor.device_mesh}, the logits on {self.mesh}")
             return tensor.redistribute(self.mesh, self.rows).to_local()
         if self.batch:
-            raise TypeError(f"{name}: the logits are a DTensor with sharded rows; expected a DTensor too")
+            raise TypeError(
+                f"{name}: the logits are a DTensor with sharded rows; expected a DTensor too: nothing says "
+                "which rows a plain tensor holds"
+            )
         return tensor
+
+    def number(self, tensor: Any, name: str) -> Any:
+        """A number of the whole batch, as a plain tensor; each rank's gradient of it is a part."""
+        from torch.distributed.tensor import DTensor, Partial, Replicate
+
+        if not isinstance(tensor, Tensor):
+            return tensor
+        replicated = [Replicate()] * self.mesh.ndim
+        if not is_dtensor(tensor):
+            if not tensor.requires_grad:
+                return tensor
+            tensor = DTensor.from_local(tensor, self.mesh, replicated, run_check=False)
+        elif tensor.device_mesh != self.mesh:  # type: ignore[attr-defined]
+            raise ValueError(f"{name}: lies on {tensor.device_mesh}, the logits on {self.mesh}")  # type: ignore
+        parts = [Partial() if i in self.batch else Replicate() for i in range(self.mesh.ndim)]
+        whole: Any = tensor
+        return whole.redistribute(self.mesh, replicated).to_local(grad_placements=parts)
+
+    def position(self, local: int) -> int:
+        """The flat index among all rows of a flat index among this rank's."""
+        from torch.distributed.tensor import Shard
+
+        coordinate = self.mesh.get_coordinate() or ()
+        begin, length = [0] * len(self.shape), list(self.shape)
+        for i, placement in enumerate(self.rows):
+            if isinstance(placement, Shard):
+                dim = placement.dim % (len(self.shape) + 1)
+                step = -(-length[dim] // self.mesh.size(i))
+                first = min(length[dim], coordinate[i] * step)
+                begin[dim], length[dim] = begin[dim] + first, min(step, length[dim] - first)
+        flat, stride = 0, 1
+        for offset, size, whole in zip(reversed(begin), reversed(length), reversed(self.shape), strict=True):
+            local, index = divmod(local, size)
+            flat, stride = flat + (offset + index) * stride, stride * whole
+        return flat
 
     def row_tensor(self, local: Tensor) -> Any:
         """One number a row, as a DTensor."""
@@ -80,43 +132,56 @@ class _Layout:
         return tensor
 
 
-def _whole(tensor: Any) -> Any:
-    return tensor.full_tensor() if is_dtensor(tensor) else tensor
-
-
 def loss_of_dtensor(call: Callable[..., Any], logits: Any, labels: Any, keywords: dict[str, Any]) -> Any:
     """`call`, which is `deft_loss`, on the local tensors; what comes back is a DTensor again.
 
     The rows of all ranks are one batch: a mean divides by the number of all of them, as `F.cross_entropy` of
     DTensors does, and `cayley` takes the mean p over all of them.
     """
-    if keywords["group"] is not None:
-        raise ValueError("group: the logits are a DTensor, whose mesh says who holds which columns")
-    layout = _Layout(logits)
-    if layout.time_is_split and keywords["shift"]:
-        raise ValueError("shift: the time dimension is sharded; shift the labels beforehand")
+    layout = _checked(logits, labels, keywords)
+    weight, token_weight = keywords["weight"], keywords["token_weight"]
     labels = layout.local(labels, "labels")
-    keywords |= {name: _whole(keywords[name]) for name in ("weight", "num_items")}
-    keywords["token_weight"] = layout.local(keywords["token_weight"], "token_weight")
+    keywords["token_weight"] = layout.local(token_weight, "token_weight")
+    keywords["weight"] = weight.full_tensor() if is_dtensor(weight) else weight
+    keywords["num_items"] = layout.number(keywords["num_items"], "num_items")
     if layout.batch:
-        _over_all_rows(layout, labels, keywords)
+        _objective_over_all_rows(layout, keywords)
+        _count_all_rows(layout, logits, labels, keywords)
     # Every rank that holds the same columns computes the same gradient: placements as the logits'.
-    result = call(logits.to_local(), labels, **keywords | {"group": layout.group})
+    local = logits.to_local()
+    before = local._version
+    if keywords["inplace"] and local.requires_grad:
+        _move_version(local, logits)
+    result = call(local, labels, **keywords | {"group": layout.group})
+    if local._version != before:
+        torch.autograd.graph.increment_version(logits)
     loss, stats = result if keywords["return_stats"] else (result, None)
     loss = layout.row_tensor(loss) if keywords["reduction"] == "none" else layout.sum(loss)
     return (loss, _record(layout, stats)) if stats is not None else loss
+
+
+def _move_version(local: Tensor, logits: Any) -> None:
+    """Once the backward has overwritten `local`, a later use of the DTensor in autograd raises too.
+
+    A DTensor has a version counter of its own, which an operation on its local tensor leaves alone.
+    """
+    held = [logits]
+
+    def overwritten(_gradient: Tensor) -> None:
+        if held:  # let go of, as the hook lives as long as the loss
+            torch.autograd.graph.increment_version(held.pop())
+
+    local.register_hook(overwritten)
 
 
 def statistics_of_dtensor(
     call: Callable[..., RowStatistics], logits: Any, labels: Any, keywords: dict[str, Any]
 ) -> RowStatistics:
     """`call`, which is `row_statistics`, on the local tensors; statistics lie as the logits' rows do."""
-    if keywords["group"] is not None:
-        raise ValueError("group: the logits are a DTensor, whose mesh says who holds which columns")
-    layout = _Layout(logits)
-    if layout.time_is_split and keywords["shift"]:
-        raise ValueError("shift: the time dimension is sharded; shift the labels beforehand")
+    layout = _checked(logits, labels, keywords)
     labels = layout.local(labels, "labels")
+    if layout.batch:
+        _count_all_rows(layout, logits, labels, keywords | {"reduction": "none"})
     return _record(layout, call(logits.to_local(), labels, **keywords | {"group": layout.group}))
 
 
@@ -124,33 +189,77 @@ def _record(layout: _Layout, stats: RowStatistics) -> RowStatistics:
     return RowStatistics(*(None if s is None else layout.row_tensor(s) for s in stats))  # type: ignore[arg-type]
 
 
-def _over_all_rows(layout: _Layout, labels: Tensor, keywords: dict[str, Any]) -> None:
-    """Make the mean's denominator and cayley's mean p those of the rows of all ranks."""
+def _checked(logits: Any, labels: Any, keywords: dict[str, Any]) -> _Layout:
+    """The logits' layout; raises, before anything is sent, for what all ranks see: shapes are global ones."""
+    if keywords["group"] is not None:
+        raise ValueError("group: the logits are a DTensor, whose mesh says who holds which columns")
+    arguments.check_logits(logits)
+    layout = _Layout(logits)
+    arguments.check_labels(labels, logits)
+    arguments.label("ignore_index", keywords["ignore_index"])
+    if arguments.flag("shift", keywords["shift"]) and layout.time_is_split:
+        raise ValueError("shift: the time dimension is sharded; shift the labels beforehand")
+    if "reduction" in keywords:
+        arguments.check_reduction(keywords["reduction"])
+        arguments.check_token_weight(keywords["token_weight"], labels, logits)
+        arguments.number_of_items(keywords["num_items"], keywords["reduction"])
+        arguments.check_class_weight(keywords["weight"], logits, logits.shape[-1])
+        for name in ("inplace", "return_stats"):
+            arguments.flag(name, keywords[name])
+    return layout
+
+
+def _objective_over_all_rows(layout: _Layout, keywords: dict[str, Any]) -> None:
+    """Make cayley's mean p that of the rows of all ranks."""
     objective = keywords["objective"]
     described = objective if callable(objective) else resolve(objective)
-    banded = isinstance(described, Objective) and described.has_band
-    if isinstance(described, Objective) and described.needs_batch and not described.batch_group:
-        if len(layout.batch) > 1:
-            raise ValueError(
-                "objective: cayley's mean p over rows that two mesh dimensions shard; pass mean_prob or "
-                "batch_group"
-            )
-        name = layout.mesh.get_group(layout.batch[0]).group_name
-        described = replace(described, batch_group=name)
     keywords["objective"] = described
-    if keywords["reduction"] != "mean" or keywords["num_items"] is not None:
+    if not isinstance(described, Objective):
         return
-    if banded:
+    own_mean = keywords["reduction"] == "mean" and keywords["num_items"] is None
+    if described.has_band and own_mean:
         raise ValueError("objective: a band on p with a mean over rows that are sharded: pass num_items")
+    if not described.needs_batch or described.batch_group:
+        return
+    if len(layout.batch) > 1:
+        raise ValueError(
+            "objective: cayley's mean p over rows that two mesh dimensions shard; pass mean_prob or "
+            "batch_group"
+        )
+    name = layout.mesh.get_group(layout.batch[0]).group_name
+    keywords["objective"] = replace(described, batch_group=name)
+
+
+def _count_all_rows(layout: _Layout, logits: Any, labels: Tensor, keywords: dict[str, Any]) -> None:
+    """Make the mean's denominator that of the rows of all ranks, and their labels' range an error of all.
+
+    Where the denominator is asked for, the number of wrong labels goes with it. Elsewhere it would be a
+    message of its own, sent under validation only; without it just the rank that sees a wrong label raises.
+    """
+    ignore_index, size = keywords["ignore_index"], logits.shape[-1]
+    counted = labels.long()
     if keywords["shift"]:
-        counted = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=keywords["ignore_index"])
-    else:
-        counted = labels
-    valid = counted != keywords["ignore_index"]
-    if keywords["weight"] is None:
-        count = valid.sum().float()
-    else:
-        weights = class_weights(keywords["weight"], counted.long(), torch.float32)
-        count = torch.where(valid, weights, 0.0).sum()
-    count = layout.total(count)
-    keywords["num_items"] = torch.where(count == 0, 1.0, count)
+        counted = torch.nn.functional.pad(counted[..., 1:], (0, 1), value=ignore_index)
+    valid = counted != ignore_index
+    wrong = ((counted < 0) | (counted >= size)) & valid
+    visible = labels.device.type == "cpu" or validating()
+    own_mean = keywords["reduction"] == "mean" and keywords.get("num_items") is None
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    weight = keywords.get("weight")
+    kept = valid if weight is None else torch.where(valid, class_weights(weight, counted, dtype), 0.0)
+    sums = torch.stack([kept.sum().to(dtype), wrong.sum().to(dtype)])
+    if own_mean or validating():
+        layout.total(sums)
+    if visible and bool(wrong.any()):
+        local = int(wrong.flatten().nonzero()[0])
+        raise IndexError(
+            f"labels: {int(counted.flatten()[local])} at flat position {layout.position(local)} of all rows "
+            f"is outside [0, {size}) and is not ignore_index ({ignore_index})"
+        )
+    if visible and sums[1] > 0:
+        raise IndexError(
+            f"labels: another rank's rows hold a label outside [0, {size}) that is not ignore_index "
+            f"({ignore_index}); the error of that rank says where"
+        )
+    if own_mean:
+        keywords["num_items"] = sums[0]

@@ -98,7 +98,7 @@ class RowLoss(torch.autograd.Function):
         ignore_index: int,
         spec: Spec,
     ) -> tuple[Tensor, Tensor]:
-        operators.check_labels(labels, spec.vocabulary(logits.shape[-1]), ignore_index)
+        operators.admit(logits, labels, class_weight, ignore_index, spec)
         loss, rows = operators.implementation(spec).row_loss(logits, labels, class_weight, ignore_index, spec)
         ctx.mark_non_differentiable(rows)
         ctx.save_for_backward(logits, labels, class_weight, rows)
@@ -116,7 +116,7 @@ class MeanLoss(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int, spec: Spec
     ) -> tuple[Tensor, Tensor]:
-        operators.check_labels(labels, spec.vocabulary(logits.shape[-1]), ignore_index)
+        operators.admit(logits, labels, None, ignore_index, spec)
         scale = mean_scale(labels, ignore_index)
         loss, rows = operators.implementation(spec).row_loss(logits, labels, None, ignore_index, spec)
         ctx.mark_non_differentiable(rows)
@@ -142,7 +142,7 @@ class LossWithGradient(torch.autograd.Function):
         ignore_index: int,
         spec: Spec,
     ) -> tuple[Tensor, Tensor]:
-        operators.check_labels(labels, spec.vocabulary(logits.shape[-1]), ignore_index)
+        operators.admit(logits, labels, class_weight, ignore_index, spec, row_scale)
         if spec.inplace and logits.dtype == torch.float16:
             operators.warn_of_underflow()
         dlogits = _room(logits, spec)

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from . import arguments, backends, eager, objectives, operators, reference
 from .calls import RowLoss, aligned, described, own_rows, shard_of, statistics_record, transform
-from .dtensors import is_dtensor, loss_of_dtensor, statistics_of_dtensor
+from .dtensors import is_dtensor, loss_of_dtensor, refuse_dtensors, statistics_of_dtensor
 from .keywords import named
 from .objectives import Objective
 from .parallel import VocabShard
 from .reductions import Reduction, Weighting, in_forward
 from .spec import Spec
 from .statistics import Field, RowStatistics
+from .validation import in_step
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -44,6 +45,7 @@ def deft_loss(
     logits: Tensor, labels: Tensor, *, return_stats: Literal[True], **keywords: Any
 ) -> tuple[Tensor, RowStatistics]: ...
 @named  # type: ignore[misc]  # the overloads tell the return type apart, not the keywords
+@in_step("logits", 0, -1)
 def deft_loss(
     logits: Tensor,
     labels: Tensor,
@@ -115,7 +117,7 @@ def deft_loss(
         group: torch.distributed ranks that split the vocabulary: the logits are this rank's columns,
             [..., V_r], in the order of the ranks, uneven or none at all; labels, `weight` and everything else
             are those of the whole vocabulary and the same on every rank. Every rank returns the same loss. A
-            `VocabShard` also says where the columns lie; else the ranks ask each other, once for each V_r.
+            `VocabShard` also says where the columns lie; else the ranks ask each other, once for a group.
         backend: "auto" takes the Triton kernels on a GPU they support, PyTorch elsewhere and for fp64;
             "triton" raises where they cannot run; "torch"; "reference" is the slow oracle.
 
@@ -124,10 +126,12 @@ def deft_loss(
     Raises: TypeError, ValueError for arguments that cannot be honoured, named in the message; IndexError for
         a label outside [0, V) on the CPU. On a GPU such a row's loss and gradient are NaN, and nothing
         out of bounds is read; DEFT_KERNELS_VALIDATE=1 raises there too, for a device synchronisation.
+        With a group, ranks whose columns, labels or settings do not fit together raise on the CPU; on a GPU
+        their losses are NaN. DEFT_KERNELS_VALIDATE=1 compares them by name (docs/parallel.md).
     Memory: forward 1 read of the logits; backward 1 read and 1 write. Saved: the logits and 18 numbers a
         row. Gradient in the forward: 1 read and 1 write in all, the gradient alive from the forward on.
-        With a group: one all-gather of 5 numbers a row in the forward, 6 with label smoothing, one more for
-        exact gradients through max p; nothing in the backward.
+        With a group: one all-gather in the forward, of 5 numbers for each row and for one row more, 6 with
+        label smoothing, one more for exact gradients through max p; nothing in the backward.
     Limits: |logits| / temperature below 1.8e8 in the largest of a row, NaN beyond. First derivatives only, by
         backward() and torch.autograd; neither forward mode nor torch.func (backend="reference": any).
     Source: DEFT, arXiv:2602.11424.
@@ -142,6 +146,8 @@ def deft_loss(
             "label_smoothing": label_smoothing, "inplace": inplace, "grad_in_forward": grad_in_forward,
             "return_stats": return_stats, "group": group, "backend": backend,
         })  # fmt: skip
+    given = {"labels": labels, "token_weight": token_weight, "weight": weight, "num_items": num_items}
+    refuse_dtensors(given, "logits")
     arguments.check_logits(logits, part=group is not None)
     arguments.check_labels(labels, logits)
     arguments.check_reduction(reduction)
@@ -155,7 +161,7 @@ def deft_loss(
     settings["z_loss"] = arguments.number("z_loss", z_loss, 0.0)
     settings["label_smoothing"] = arguments.number("label_smoothing", label_smoothing, 0.0, 1.0)
     chosen = backends.choose(backend, logits.device, logits.dtype)
-    shard = shard_of(group, logits.shape[-1], logits.device, chosen)
+    shard = shard_of(group, logits.shape[-1], logits.device, chosen, labels, ignore_index, weight)
     vocabulary = logits.shape[-1] if shard is None else shard.size
     arguments.check_class_weight(weight, logits, vocabulary)
     shape, flat = labels.shape, aligned(labels, shift, ignore_index)
@@ -261,6 +267,7 @@ def _reference(
 
 
 @named
+@in_step("logits", 0, -1)
 def row_statistics(
     logits: Tensor,
     labels: Tensor,
@@ -300,13 +307,14 @@ def row_statistics(
             "ignore_index": ignore_index, "shift": shift, "logit_scale": logit_scale, "softcap": softcap,
             "temperature": temperature, "group": group, "backend": backend,
         })  # fmt: skip
+    refuse_dtensors({"labels": labels}, "logits")
     arguments.check_logits(logits, part=group is not None)
     arguments.check_labels(labels, logits)
     ignore_index = arguments.label("ignore_index", ignore_index)
     arguments.flag("shift", shift)
     settings = transform(logit_scale, softcap, temperature)
     chosen = backends.choose(backend, logits.device, logits.dtype)
-    shard = shard_of(group, logits.shape[-1], logits.device, chosen)
+    shard = shard_of(group, logits.shape[-1], logits.device, chosen, labels, ignore_index)
     shape, flat = labels.shape, aligned(labels, shift, ignore_index)
     if chosen == "reference":
         operators.check_labels(flat, logits.shape[-1], ignore_index)

@@ -12,8 +12,9 @@ from .dtensors import is_dtensor
 def whole(hidden: Any, weight: Any, bias: Any) -> tuple[Any, Any, Any]:
     """(hidden, weight, bias) with the DTensors among weight and bias gathered.
 
-    Their gradient is averaged over the ranks, as DDP and FSDP do for rows that differ between ranks; where
-    all ranks hold the same rows, as under tensor parallelism, the average is each rank's own gradient.
+    Their gradient is averaged over the ranks, as DDP and FSDP do for rows that differ between ranks, unless
+    they are told otherwise, which is not known here; where all ranks hold the same rows, as under tensor
+    parallelism, the average is each rank's own gradient.
     Raises: TypeError for a hidden that is a DTensor, as the rows are each rank's own.
     """
     if is_dtensor(hidden):

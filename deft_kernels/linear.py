@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import arguments, backends, linear_operators, objectives
 from .calls import RowLoss, aligned, described, own_rows, shard_of, statistics_record, transform
-from .dtensors import is_dtensor
+from .dtensors import is_dtensor, refuse_dtensors
 from .functional import deft_loss
 from .gathered import whole
 from .keywords import named
@@ -20,6 +20,7 @@ from .products import HALF
 from .reductions import Reduction, Weighting, in_forward_obstacle
 from .spec import Spec
 from .statistics import Field, RowStatistics
+from .validation import in_step
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -106,6 +107,7 @@ def fused_linear_deft_loss(
     **keywords: Any,
 ) -> tuple[Tensor, RowStatistics]: ...
 @named  # type: ignore[misc]  # the overloads tell the return type apart
+@in_step("weight", 1, 0)
 def fused_linear_deft_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -179,6 +181,8 @@ def fused_linear_deft_loss(
         arguments.flag(name, value)
     if group is not None and (is_dtensor(weight) or is_dtensor(bias)):
         raise ValueError("group: weight and bias are to be this rank's own rows; pass weight.to_local()")
+    given = {"labels": labels, "token_weight": token_weight, "class_weight": class_weight}
+    refuse_dtensors(given | {"num_items": num_items}, "hidden")
     hidden, weight, bias = whole(hidden, weight, bias)
     _check_head(hidden, weight, bias, group is not None)
     outline = arguments.Outline((*hidden.shape[:-1], weight.shape[0]), hidden.device)
@@ -189,7 +193,7 @@ def fused_linear_deft_loss(
     settings["label_smoothing"] = arguments.number("label_smoothing", label_smoothing, 0.0, 1.0)
     product = _product_dtype(hidden, weight, bias)
     chosen = backends.choose(backend, hidden.device, product)
-    shard = shard_of(group, weight.shape[0], hidden.device, chosen)
+    shard = shard_of(group, weight.shape[0], hidden.device, chosen, labels, ignore_index, class_weight)
     vocabulary = weight.shape[0] if shard is None else shard.size
     columns = vocabulary if shard is None else -(-shard.size // shard.ranks)
     summed = torch.is_grad_enabled() and weight.requires_grad

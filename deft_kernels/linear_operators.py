@@ -10,7 +10,7 @@ from typing import Any, List, Optional, Tuple
 import torch
 from torch import Tensor
 
-from . import blocked, chunks, objectives
+from . import blocked, chunks, objectives, validation
 from .chunks import Head
 from .operators import check_labels, implementation, no_double_backward, save_nothing, weighted_total
 from .rows import gradient_fields
@@ -50,6 +50,9 @@ def linear_row_loss(
 ) -> Tuple[Tensor, Tensor]:
     """(loss [N], rows [len(Field), N]) of every row; `wanted` is for the backward."""
     spec = decode(code, numbers)
+    of_all_ranks: Any = {"hidden": hidden, "budget": budget, "wanted": wanted[0]}
+    args = (labels, product, class_weight, ignore_index, spec)
+    validation.compare(spec.shard, weight.shape[0], *args, **of_all_ranks)
     check_labels(labels, spec.vocabulary(weight.shape[0]), ignore_index)
     with _outside_autocast(hidden):
         head = Head(hidden, weight, bias, product, budget, spec.shard)
@@ -78,6 +81,9 @@ def linear_loss_with_gradient(
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(sum_i row_scale_i loss_i, rows, its gradients by hidden, weight and bias)."""
     spec = decode(code, numbers)
+    of_all_ranks: Any = {"hidden": hidden, "budget": budget, "wanted": wanted[0], "row_scale": row_scale}
+    args = (labels, product, class_weight, ignore_index, spec)
+    validation.compare(spec.shard, weight.shape[0], *args, gradient_in_forward=True, **of_all_ranks)
     check_labels(labels, spec.vocabulary(weight.shape[0]), ignore_index)
     with _outside_autocast(hidden):
         head = Head(hidden, weight, bias, product, budget, spec.shard)

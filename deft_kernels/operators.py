@@ -15,7 +15,7 @@ from typing import Any, List, Optional, Tuple
 import torch
 from torch import Tensor
 
-from . import blocked, objectives
+from . import blocked, objectives, validation
 from .rows import gradient_fields
 from .sharded import Sharded
 from .spec import Spec, decode
@@ -59,6 +59,21 @@ def weighted_total(loss: Tensor, row_scale: Tensor, rows: Tensor, spec: Spec) ->
     return torch.where(rows[Field.KEPT] != 0, loss * row_scale, 0.0).sum()
 
 
+def admit(
+    logits: Tensor,
+    labels: Tensor,
+    class_weight: Optional[Tensor],
+    ignore_index: int,
+    spec: Spec,
+    row_scale: Optional[Tensor] = None,
+) -> None:
+    """Before anything is sent or computed: what the ranks have to agree on, and the labels' range."""
+    width = logits.shape[-1]
+    args = (labels, logits.dtype, class_weight, ignore_index, spec)
+    validation.compare(spec.shard, width, *args, row_scale=row_scale)
+    check_labels(labels, spec.vocabulary(width), ignore_index)
+
+
 @torch.library.custom_op("deft_kernels::row_loss", mutates_args=())
 def row_loss(
     logits: Tensor,
@@ -70,7 +85,7 @@ def row_loss(
 ) -> Tuple[Tensor, Tensor]:
     """(loss [N], rows [len(Field), N]) of every row."""
     spec = decode(code, numbers)
-    check_labels(labels, spec.vocabulary(logits.shape[-1]), ignore_index)
+    admit(logits, labels, class_weight, ignore_index, spec)
     return implementation(spec).row_loss(logits, labels, class_weight, ignore_index, spec)
 
 
@@ -92,7 +107,7 @@ def row_loss_with_gradient(
 ) -> Tuple[Tensor, Tensor, Tensor]:
     """(sum_i row_scale_i loss_i, rows, its gradient by the logits), in one visit to the logits."""
     spec = decode(code, numbers)
-    check_labels(labels, spec.vocabulary(logits.shape[-1]), ignore_index)
+    admit(logits, labels, class_weight, ignore_index, spec, row_scale)
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     loss, rows = implementation(spec).row_loss_with_gradient(
         logits, labels, row_scale, class_weight, ignore_index, spec, dlogits
@@ -131,7 +146,7 @@ def row_loss_with_gradient_(
 ) -> Tuple[Tensor, Tensor]:
     """`row_loss_with_gradient` that leaves the gradient in the logits' storage."""
     spec = decode(code, numbers)
-    check_labels(labels, spec.vocabulary(logits.shape[-1]), ignore_index)
+    admit(logits, labels, class_weight, ignore_index, spec, row_scale)
     if logits.dtype == torch.float16:
         warn_of_underflow()
     loss, rows = implementation(spec).row_loss_with_gradient(
@@ -212,7 +227,7 @@ def row_statistics(
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logp, lse, collision, entropy, max_prob), each [N], and rows; differentiable in the first five."""
     spec = decode(code, numbers)
-    check_labels(labels, spec.vocabulary(logits.shape[-1]), ignore_index)
+    admit(logits, labels, None, ignore_index, spec)
     _, rows = implementation(spec).row_loss(logits, labels, None, ignore_index, spec)
     picked = (Field.LOGP, Field.LSE, Field.COLLISION, Field.ENTROPY, Field.MAX_PROB)
     logp, lse, collision, entropy, max_prob = (rows[field].clone() for field in picked)

@@ -1,8 +1,8 @@
 """Process groups: a vocabulary split between ranks, and the only messages there are.
 
-    gathered     the states of all ranks, one all-gather a forward (a chunk, in the linear call)
+    all_gather   the states of all ranks, once a forward (a chunk, in the linear call), by `agreement`
     total        one all-reduce: the hidden states' gradient, and the numbers of a batch's mean p
-    _place       the columns before a rank's own, once for each group and width, unless given
+    _place       the columns before a rank's own, asked for once for each group, unless given
 
 Groups travel by name, which fits an operator's schema and which torch.compile takes for a constant.
 """
@@ -34,12 +34,16 @@ class VocabShard(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """A `VocabShard` that fits an operator's schema: the group by name, and the number of its ranks."""
+    """A `VocabShard` that fits an operator's schema: the group by name, and the number of its ranks.
+
+    width: the number of this rank's columns when the ranks last asked each other; -1 if the place is given.
+    """
 
     start: int
     size: int
     ranks: int
     group: str
+    width: int = -1
 
 
 def group_name(group: Any, name: str = "group") -> str:
@@ -54,7 +58,8 @@ def group_name(group: Any, name: str = "group") -> str:
     return group.group_name
 
 
-def _group(name: str) -> Any:
+def group_of(name: str) -> Any:
+    """The process group of that name."""
     from torch.distributed import distributed_c10d
 
     return distributed_c10d._resolve_process_group(name)  # type: ignore
@@ -67,31 +72,51 @@ def resolved(group: ProcessGroup | VocabShard, width: int, device: torch.device)
     """
     if not isinstance(group, VocabShard):
         name = group_name(group)
-        start, size = _place(name, width, str(device))
-        return Shard(start, size, group.size(), name)
-    name = group_name(group.group)
+        start, size, known = _place(name, width, str(device), torch.compiler.is_compiling())
+        return Shard(start, size, group.size(), name, known)
+    name, ranks = group_name(group.group), group.group.size()
     start = arguments.integer("group: VocabShard.start", group.start)
     size = arguments.integer("group: VocabShard.size", group.size)
-    if start < 0 or start + width > size:
-        raise ValueError(f"group: VocabShard(start={start}, size={size}) has no place for {width} columns")
-    return Shard(start, size, group.group.size(), name)
+    short = ranks == 1 and width != size
+    if start < 0 or start + width > size or short:
+        alone = "; the group has one rank, which has to hold all of them" if short else ""
+        raise ValueError(
+            f"group: VocabShard(start={start}, size={size}) has no place for {width} columns" + alone
+        )
+    return Shard(start, size, ranks, name)
 
 
-_places: WeakKeyDictionary[Any, dict[int, tuple[int, int]]] = WeakKeyDictionary()
+# The widths of all ranks, as they were when the ranks of a group last asked each other. By group alone: all
+# ranks then remember the same. By this rank's width, one rank could remember what another has to ask for.
+_widths: WeakKeyDictionary[Any, tuple[int, ...]] = WeakKeyDictionary()
 
 
-def _place(name: str, width: int, device: str) -> tuple[int, int]:
-    """(columns of the ranks before this one, columns of all ranks); asked for once for each group and width.
+def vocabulary_of(group: Any) -> int | None:
+    """The number of columns that the ranks of a group last told each other; None before."""
+    widths = _widths.get(group)
+    return None if widths is None else sum(widths)
 
-    All ranks have to ask together: widths that change on some ranks of a group only want a `VocabShard`.
+
+def remember(group: Any, widths: tuple[int, ...] | None) -> None:
+    """Replace what is known of a group's columns; None: ask anew. All ranks have to do it together."""
+    if widths is None:
+        _widths.pop(group, None)
+    else:
+        _widths[group] = widths
+
+
+def _place(name: str, width: int, device: str, tracing: bool) -> tuple[int, int, int]:
+    """(columns of the ranks before this one, columns of all ranks, columns of this one), when last asked for.
+
+    The width may have changed since: `agreement` notices, whichever ranks it changed on. A trace keeps the
+    answer as a constant, so it asks for another width at once.
     """
-    group = _group(name)
-    known = _places.setdefault(group, {})
-    if width not in known:
-        widths = _all_gather(torch.tensor([width], device=device), group).flatten().tolist()
-        rank = group.rank()
-        known[width] = sum(widths[:rank]), sum(widths)
-    return known[width]
+    group = group_of(name)
+    rank, known = group.rank(), _widths.get(group)
+    if known is None or (tracing and known[rank] != width):
+        known = tuple(all_gather(torch.tensor([width], device=device), group).flatten().tolist())
+        _widths[group] = known
+    return sum(known[:rank]), sum(known), known[rank]
 
 
 # What torch.compiler.assume_constant_result does, without the second that importing the compiler takes: a
@@ -99,7 +124,8 @@ def _place(name: str, width: int, device: str) -> tuple[int, int]:
 _place._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _all_gather(tensor: Tensor, group: Any) -> Tensor:
+def all_gather(tensor: Tensor, group: Any) -> Tensor:
+    """[ranks, *shape] of every rank's tensor."""
     from torch import distributed
 
     # torch 2.13 renamed it, and warns of the old name.
@@ -109,18 +135,11 @@ def _all_gather(tensor: Tensor, group: Any) -> Tensor:
     return output.view(group.size(), *tensor.shape)
 
 
-def gathered(states: Tensor, shard: Shard) -> Tensor:
-    """States [N, size] of every rank, [ranks, N, size], by one all-gather; by none for a single rank."""
-    if shard.ranks == 1 or states.numel() == 0:
-        return states.expand(shard.ranks, *states.shape)
-    return _all_gather(states, _group(shard.group))
-
-
 def total(tensor: Tensor, name: str) -> Tensor:
     """The sum over a group's ranks, in place."""
     from torch import distributed
 
-    distributed.all_reduce(tensor, group=_group(name))
+    distributed.all_reduce(tensor, group=group_of(name))
     return tensor
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .parallel import Shard, gathered
+from .agreement import gathered
+from .parallel import Shard
 from .spec import Spec
 from .states import identity
 
@@ -30,13 +31,14 @@ class Sharded:
         width = logits.shape[-1]
         # Ignored rows are not read; under a number of their own, as ignore_index may be a column here.
         local = self._local(labels, width).where(labels != ignore_index, -1)
-        if width == 0:
+        # Columns that do not fit have moved since they were last asked for, which the message will tell.
+        if width == 0 or self.shard.start + width > self.shard.size:
             dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
             states = identity(labels.numel(), spec, logits, dtype)
         else:
             weight = self._columns(class_weight, width)
             states = self.backend.row_states(logits, local, weight, -1, spec)
-        states = gathered(states, self.shard)
+        states = gathered(states, self.shard, width, labels, ignore_index, spec)
         return self.backend.states_loss(states, labels, class_weight, self.shard.size, ignore_index, spec)
 
     def row_loss_with_gradient(

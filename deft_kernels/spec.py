@@ -33,8 +33,9 @@ class Spec:
         """(code, numbers) for an operator call; torch.compile folds both to constants."""
         o = self.objective
         flags = f"{int(o.detach)}{int(self.statistics)}{int(self.inplace)}"
-        start, size, ranks, group = self.shard or (0, 0, 0, "")
-        code = f"{o.family}:{o.focus}:{flags}:{self.backend}:{start}:{size}:{ranks}:{group}:{o.batch_group}"
+        start, size, ranks, group, known = self.shard or (0, 0, 0, "", 0)
+        place = f"{start}:{size}:{ranks}:{known}:{group}"
+        code = f"{o.family}:{o.focus}:{flags}:{self.backend}:{place}:{o.batch_group}"
         mean_prob = -1.0 if o.mean_prob is None else o.mean_prob
         numbers = [o.alpha, o.eps, o.power, o.top_k, o.low, o.high, mean_prob]
         return code, [*numbers, self.softcap, self.temperature, self.z_loss, self.label_smoothing]
@@ -84,6 +85,6 @@ def _decode(code: str, numbers: tuple[float, ...]) -> Spec:
     given = None if mean_prob < 0 else mean_prob
     kind: tuple[Any, Any] = (family, focus)
     objective = Objective(family, *kind, alpha, eps, power, top_k, detach, low, high, given, batch_group)
-    start, size, ranks = (int(number) for number in place)
-    shard = Shard(start, size, ranks, group) if ranks else None
+    start, size, ranks, known = (int(number) for number in place)
+    shard = Shard(start, size, ranks, group, known) if ranks else None
     return Spec(objective, softcap, temperature, z_loss, smoothing, statistics, inplace, backend, shard)

@@ -56,7 +56,7 @@ def run(cases: Sequence[Callable[[], None]], ranks: int, gpus: bool = True) -> d
     with tempfile.TemporaryDirectory() as folder:
         context = mp.spawn(_worker, args=(ranks, folder, cases, gpus), nprocs=ranks, join=False)
         done, waited = 0, 0.0
-        while not context.join(timeout=2):
+        while not _joined(context):
             finished = len(list(Path(folder).iterdir()))
             waited = 0.0 if finished > done else waited + 2
             done = finished
@@ -65,6 +65,14 @@ def run(cases: Sequence[Callable[[], None]], ranks: int, gpus: bool = True) -> d
                     process.kill()
                 break
         return {case.__name__: [_outcome(folder, case.__name__, r) for r in range(ranks)] for case in cases}
+
+
+def _joined(context: mp.ProcessContext) -> bool:
+    """Whether all processes have come to an end; one that was aborted takes the others with it."""
+    try:
+        return context.join(timeout=2)
+    except mp.ProcessExitedException:
+        return True
 
 
 def _outcome(folder: str, case: str, rank: int) -> str:

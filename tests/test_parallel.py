@@ -283,7 +283,7 @@ def messages(call) -> list[tuple[str, int]]:
 
 
 def communication() -> None:
-    """[N, 5] floats a rank in the forward, 6 with smoothing or exact max p, 7 with both; nothing else."""
+    """[N + 1, 5] floats a rank in the forward, 6 with smoothing or exact max p, 7 with both; nothing else."""
     whole, labels = rows("plain")
     logits, world = columns(whole).clone().requires_grad_(), dist.group.WORLD
     new = dist.new_group(list(range(dist.get_world_size())))
@@ -293,12 +293,12 @@ def communication() -> None:
         for group in (new, shard()):
             kept = []
             sent = messages(lambda: kept.append(deft_loss(logits, labels, group=group, **keywords)))  # noqa: B023
-            assert [bytes for _, bytes in sent] == [4 * N * size], sent
+            assert [bytes for _, bytes in sent] == [4 * (N + 1) * size], sent
             assert "all_gather" in sent[0][0] or "allgather" in sent[0][0]
             assert messages(lambda: kept[0].backward()) == []  # noqa: B023
     batch = objectives.cayley(batch_group=world)
     sent = messages(lambda: deft_loss(logits, labels, objective=batch, group=shard()))
-    assert sorted(bytes for _, bytes in sent) == [8, 4 * N * 5]
+    assert sorted(bytes for _, bytes in sent) == [8, 4 * (N + 1) * 5]
 
 
 def place_is_checked() -> None:

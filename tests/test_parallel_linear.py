@@ -135,7 +135,7 @@ def communication() -> None:
     hidden, weight, _, labels = head()
     rank, widths = dist.get_rank(), WIDTHS[dist.get_world_size()]
     place = VocabShard(dist.group.WORLD, sum(widths[:rank]), V)
-    states, gradient = [4 * 5 * (N - 2) // CHUNKS] * CHUNKS, [4 * N * D]
+    states, gradient = [4 * 5 * ((N - 2) // CHUNKS + 1)] * CHUNKS, [4 * N * D]
     for dtype in (torch.float32, torch.bfloat16):
         leaf, local = hidden.to(dtype).requires_grad_(), own(weight).to(dtype).requires_grad_()
         for reduction in ("mean", "none"):

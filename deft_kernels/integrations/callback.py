@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from .checks import refuse_dividing_twice, refuse_label_smoothing
+from .checks import refuse_dividing_twice, refuse_label_smoothing, refuse_means_of_means
 from .proof import Calls
 from .running import RunningStatistics
 
@@ -17,7 +17,8 @@ class ProofCallback(TrainerCallback):  # type: ignore[misc]  # transformers is u
     Args: calls: the loss's own.
     Raises: RuntimeError when the loss was not called since the last step, or when it was called without the
         step's number of items though the step has several batches, which would train a mean of their means;
-        ValueError for label_smoothing_factor, which no route honours.
+        ValueError for label_smoothing_factor, which no route honours, and for several ranks without
+        average_tokens_across_devices.
     """
 
     def __init__(self, calls: Calls):
@@ -41,6 +42,7 @@ class ProofCallback(TrainerCallback):  # type: ignore[misc]  # transformers is u
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         refuse_label_smoothing(args)
+        refuse_means_of_means(args)
         self.calls.look()  # of a forward before training, or an earlier training
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **others: Any) -> None:

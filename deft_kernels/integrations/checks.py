@@ -58,6 +58,7 @@ def check_settings(trainer: Any) -> None:
             'liger_kernel_config={"fused_linear_cross_entropy": False}'
         )
     refuse_dividing_twice(trainer)
+    refuse_means_of_means(trainer.args)
     parallelism = getattr(trainer.accelerator, "parallelism_config", None)
     if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
         raise ValueError(
@@ -73,6 +74,15 @@ def refuse_dividing_twice(trainer: Any) -> None:
         raise ValueError(
             "gradient_accumulation_steps: this version of transformers divides accumulated gradients by "
             f"{steps} twice, plain cross-entropy's too; install transformers>=5.5.4, or do not accumulate"
+        )
+
+
+def refuse_means_of_means(args: Any) -> None:
+    """Each rank's number of items would then be its own, and the step a mean of the ranks' means."""
+    if getattr(args, "world_size", 1) > 1 and not getattr(args, "average_tokens_across_devices", True):
+        raise ValueError(
+            f"average_tokens_across_devices: is False on {args.world_size} ranks, so that a token weighs "
+            "more on a rank that has fewer of them; leave it True, its default"
         )
 
 

@@ -5,12 +5,15 @@ That is asked of the model itself, with a small random head, so that no list of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..dtensors import is_dtensor
 
 OWN_LOGITS = "use set_loss_function(model), which takes the model's own logits"
 ROWS, WORDS = 8, 64  # of the probe: enough numbers to tell one factor from any other function
@@ -75,6 +78,13 @@ def plain_head(model: Any, call: str) -> nn.Linear:
         or hasattr(head, "parametrizations")
         or type(head).forward is not nn.Linear.forward
     )
+    ranks = getattr(model, "tp_size", None) or 1
+    if ranks > 1 and (own_forward or is_dtensor(head.weight)):
+        raise ValueError(
+            f"lm_head: is under tensor parallelism, transformers' tp_plan splits it over {ranks} ranks, and "
+            f"{call} multiplies by a whole weight; {OWN_LOGITS} gathered, or fused_linear_deft_loss(group=) "
+            "in a loop of your own"
+        )
     if not isinstance(head, nn.Linear) or own_forward:
         raise ValueError(
             f"lm_head: {call} needs a plain nn.Linear, got {type(head).__name__} with a forward of its own; "
@@ -86,6 +96,38 @@ def plain_head(model: Any, call: str) -> nn.Linear:
             f"gather; {OWN_LOGITS}"
         )
     return head
+
+
+def with_weights(
+    head: nn.Linear, hidden: Tensor, make: Callable[[Tensor, Tensor, Tensor | None], Any]
+) -> Any:
+    """make(hidden, weight, bias) of a head, inside its own call where FSDP2 has it as a group of its own.
+
+    Outside, its parameters are shards, and their gradient would miss what FSDP was told: by what to divide
+    it, when to reduce it, in which dtype to compute. FSDP's hooks around the head's call do all of it, as for
+    the head's own forward. `make` returns a loss, or a tuple that begins with it.
+    """
+    if not is_fully_sharded(head):
+        return make(hidden, head.weight, head.bias)
+    made: list[Any] = []
+
+    def forward(hidden: Tensor) -> Any:
+        made.append(make(hidden, head.weight, head.bias))
+        # FSDP hangs its backward on what comes back here, and casts a copy to its output's dtype.
+        return made[0][0] if isinstance(made[0], tuple) else made[0]
+
+    setattr(head, "forward", forward)  # noqa: B010
+    try:
+        head(hidden)
+    finally:
+        delattr(head, "forward")
+    return made[0]
+
+
+def is_fully_sharded(module: nn.Module) -> bool:
+    """Whether `fully_shard` made a module a group of its own, or a part of one beside others."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
 def softcap_of(model: Any) -> float | None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..calls import RowLoss
 from ..linear import fused_linear_deft_loss
 from ..objectives import Objective
+from ..reductions import class_weights
 from . import head as heads
 from .running import RunningStatistics
 from .settings import checked, described, recorder
@@ -41,6 +42,8 @@ def install(
         model: the model that will be trained: an error is raised in its first training step that does not
             come to the gated loss, and at once for an adapter on its head, which Liger leaves out.
         temperature, chunk_bytes, backend: as in `fused_linear_deft_loss`.
+    As Liger's, a mean divides by the sum of the class weights, and its z-loss by the number of rows; with
+    both the host waits for that sum once a call.
     Raises: RuntimeError when it is installed already; ImportError without liger-kernel. The replacement
         raises for what it cannot do: return_z_loss, return_predicted_tokens, use_token_scaling, an
         accum_dtype that is not fp32, chunk_mem_const.
@@ -118,7 +121,10 @@ class _Replacement:
     ) -> Any:
         refused = {
             "return_z_loss": (return_z_loss, "the z-loss is in the loss, not apart"),
-            "use_token_scaling": (use_token_scaling, 'scaling by p is an objective: install("dft")'),
+            "use_token_scaling": (
+                use_token_scaling,
+                'scaling by p is an objective, install("dft"), which leaves z-loss and smoothing unscaled',
+            ),
             "return_predicted_tokens": (return_predicted_tokens, "no arg max is kept"),
             "accum_dtype": (accum_dtype not in (None, torch.float32), "gradients are summed in fp32"),
             "chunk_mem_const": (chunk_mem_const != 1, "pass chunk_bytes= to install"),
@@ -134,16 +140,26 @@ class _Replacement:
             "objective": self.objective,
             "class_weight": ce_weight,
             "ignore_index": ignore_index,
-            "z_loss": lse_square_scale,
+            "z_loss": self._z_loss(lse_square_scale, target, ce_weight, ignore_index, reduction),
             "label_smoothing": label_smoothing,
             "reduction": reduction,
             "softcap": softcap,
         }
-        if self.statistics is None and not return_token_accuracy:
-            loss = fused_linear_deft_loss(input, weight, target, bias, **keywords)
+        keywords["return_stats"] = self.statistics is not None or return_token_accuracy
+
+        def make(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+            return fused_linear_deft_loss(hidden, weight, target, bias, **keywords)
+
+        head = None if self.model is None else heads.plain_head(self.model, "liger.install")
+        if head is not None and head.weight is weight:
+            made = heads.with_weights(head, input, make)
         else:
-            loss, stats = fused_linear_deft_loss(input, weight, target, bias, return_stats=True, **keywords)
+            made = make(input, weight, bias)
+        if keywords["return_stats"]:
+            loss, stats = made
             valid = target != ignore_index
+        else:
+            loss = made
         if self.statistics is not None:
             self.statistics.add(stats, valid)
             self.statistics.calls.note(loss, own_mean=reduction == "mean")
@@ -153,4 +169,28 @@ class _Replacement:
             return loss
         from liger_kernel.transformers.functional import CrossEntropyOutput
 
-        return CrossEntropyOutput(loss=loss, token_accuracy=stats.correct.sum() / valid.sum().clamp(min=1))
+        accuracy = stats.correct.float()
+        if reduction != "none":
+            accuracy = accuracy.sum() / valid.sum().clamp(min=1)
+        return CrossEntropyOutput(loss=loss, token_accuracy=accuracy)
+
+    def _z_loss(
+        self, scale: float, target: Tensor, ce_weight: Tensor | None, ignore_index: int, reduction: Any
+    ) -> float:
+        """The factor with which deft_loss's z-loss is Liger's.
+
+        A mean with class weights divides all of deft_loss's rows by the sum of their weights; Liger divides
+        the z-loss by their number.
+        """
+        if ce_weight is None or scale == 0 or reduction != "mean":
+            return scale
+        if isinstance(self.objective, Objective) and self.objective.has_band:
+            raise ValueError(
+                "lse_square_scale: not available with class weights and a band on p in a mean, whose rows "
+                "are not known beforehand; leave one of them out"
+            )
+        valid = target != ignore_index
+        if not bool(valid.any()):
+            return scale
+        weights = class_weights(ce_weight, target, torch.float64)
+        return scale * float(weights[valid].mean())

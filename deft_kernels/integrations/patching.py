@@ -102,12 +102,16 @@ class _OfHidden:
         settings |= {"num_items": denominator(num_items, hidden), "ignore_index": ignore_index}
         if settings.get("class_weight") is not None:
             settings["class_weight"] = settings["class_weight"].to(hidden.device)
+        settings["return_stats"] = self.statistics is not None
+
+        def make(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+            return fused_linear_deft_loss(hidden, weight, target, bias, **settings)
+
+        made = heads.with_weights(head, hidden, make)
         if self.statistics is None:
-            loss = fused_linear_deft_loss(hidden, head.weight, target, head.bias, **settings)
+            loss = made
         else:
-            loss, stats = fused_linear_deft_loss(
-                hidden, head.weight, target, head.bias, return_stats=True, **settings
-            )
+            loss, stats = made
             self.statistics.add(stats, counted(target, shift, settings["ignore_index"]))
         self.calls.note(loss, own_mean=num_items is None)
         self.watch.seen(loss)
@@ -159,9 +163,9 @@ def patch_model(
         objective, statistics: as in `ComputeLoss`.
         temperature, z_loss, label_smoothing, class_weight, chunk_bytes, backend: as in
             `fused_linear_deft_loss`.
-    Raises: ValueError for a head that is more than a matrix (LoRA on it, quantised, ZeRO-3), logits that
-        cannot be repeated, an auxiliary router loss, a forward that was replaced already. In the first
-        training step that does not come to the loss: RuntimeError with what to do.
+    Raises: ValueError for a head that is more than a matrix (LoRA on it, quantised, ZeRO-3, split by tensor
+        parallelism), logits that cannot be repeated, an auxiliary router loss, a forward that was replaced
+        already. In the first training step that does not come to the loss: RuntimeError with what to do.
         A copy.deepcopy of the model is patched too; torch.save(model) or a pickle of it whole raises
         pickle.PicklingError.
     Memory: as `fused_linear_deft_loss`.

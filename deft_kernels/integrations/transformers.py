@@ -45,8 +45,9 @@ def apply(
         trainer whose own compute_loss goes past the loss raises either way.
     Returns: the loss's `RunningStatistics`, those that are logged.
     Raises: ValueError for settings that would be ignored: a compute_loss_func of its own,
-        label_smoothing_factor, Liger's fused flag, context parallelism; for a model whose labels are
-        aligned with its logits, without shift=False; each with what to do. TypeError for another trainer.
+        label_smoothing_factor, Liger's fused flag, context parallelism, several ranks without
+        average_tokens_across_devices; for a model whose labels are aligned with its logits, without
+        shift=False; each with what to do. TypeError for another trainer.
     """
     from .callback import ProofCallback, StatisticsCallback
 

@@ -190,7 +190,8 @@ def row_loss_with_gradient(
         logits, labels, call.class_weight, call.weight_total, rows, loss, row_scale, out,
         call.count, **call.position(), out_outer=out_outer, out_inner=out_inner,
         scale_stride=row_scale.stride(0), vocabulary=call.vocabulary, ignore_index=ignore_index, k=call.k,
-        softcap=spec.softcap, temperature=spec.temperature, floor=0.5 * (spec.objective.mean_prob or 0.0), **call.scalars,
+        softcap=spec.softcap, temperature=spec.temperature,
+        floor=0.5 * (spec.objective.mean_prob or 0.0), **call.scalars,
         spread=spec.label_smoothing / call.vocabulary / spec.temperature, **call.constants,
         WEIGHTED=call.weighted, SOFTCAP=call.softcap, TIES=spec.peaks,
         PEEL=peel(plan.width, (logits, out), (call.strides, out_strides)),
@@ -205,7 +206,8 @@ def row_loss_with_gradient(
 def mean_scale(labels: Tensor, ignore_index: int) -> Tensor:
     """d loss / d row of a mean, [N] with stride 0: 1 over the number of rows that count."""
     scale = torch.empty(1, dtype=torch.float32, device=labels.device)
-    mean_scale_kernel[(1,)](labels, scale, labels.numel(), ignore_index, num_warps=8)
+    args = (labels, scale, labels.numel(), ignore_index)
+    mean_scale_kernel[(1,)](*args, num_warps=8, **options(mode(), False))
     return scale.expand(labels.numel())
 
 
@@ -214,7 +216,7 @@ def weighted_total(loss: Tensor, row_scale: Tensor, rows: Tensor) -> Tensor:
     """As `operators.weighted_total`."""
     total = torch.empty(1, dtype=torch.float32, device=loss.device)
     args = (loss, rows[Field.KEPT], row_scale, total, loss.numel(), row_scale.stride(0))
-    weighted_total_kernel[(1,)](*args, num_warps=8)
+    weighted_total_kernel[(1,)](*args, num_warps=8, **options(mode(), False))
     return total.reshape(())
 
 
