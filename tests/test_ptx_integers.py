@@ -61,6 +61,7 @@ def test_bits() -> None:
     check("xor.b32 %d, %a, -2147483648;", (b32(1),), b32(0x80000001))
     check("and.b64 %d, %a, -4;", (b64(7),), b64(4))
     check("not.b32 %d, %a;", (b32(0),), b32(-1))
+    check("popc.b32 %d, %a;", (b32(0, 1, 0x80000001, -1, 0x12345678),), b32(0, 1, 2, 32, 13))
 
 
 def test_shifts_past_the_width() -> None:

@@ -180,6 +180,14 @@ def bit_field(a: Array, position: int, length: int) -> Array:
     return field.astype(unsigned).view(a.dtype)
 
 
+def population(a: Array) -> Array:
+    """popc.b32 (9.7.1.15): how many bits are 1."""
+    pairs = a - ((a >> U4(1)) & U4(0x55555555))
+    nibbles = (pairs & U4(0x33333333)) + ((pairs >> U4(2)) & U4(0x33333333))
+    octets = (nibbles + (nibbles >> U4(4))) & U4(0x0F0F0F0F)
+    return (octets * U4(0x01010101)) >> U4(24)
+
+
 def permute(a: Array, b: Array, selector: Array) -> Array:
     """prmt (9.7.9.7), default mode: four bytes out of eight, each as it is or its sign replicated."""
     selector = np.asarray(selector, U4)

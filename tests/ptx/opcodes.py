@@ -195,6 +195,11 @@ def bit_field(c: BlockCode, i: Instruction, m: re.Match[str]) -> None:
     c.define(i, f"bit_field({value}, {i.operands[2]}, {i.operands[3]})", TYPES[m[1]])
 
 
+@form(r"popc\.b32", 2)
+def population(c: BlockCode, i: Instruction, m: re.Match[str]) -> None:
+    c.define(i, f"population({c.uses(i, 'U4')[0]})", "U4")
+
+
 @form(r"prmt\.b32", 4)
 def permute(c: BlockCode, i: Instruction, m: re.Match[str]) -> None:
     c.define(i, f"permute({', '.join(c.uses(i, 'U4'))})", "U4")
