@@ -64,7 +64,9 @@ part() {
     if limited "$seconds" "$@" >>"$out/hour.log" 2>&1; then
         touch "$out/$name.done"
     else
-        echo "== $name: status $?"
+        status=$?
+        echo "== $name: status $status" # 124: cut short, what it wrote so far is kept
+        failed=1
     fi
     tail -n 25 "$out/hour.log"
 }
@@ -78,13 +80,15 @@ hour)
     elif "$python" -c 'import xdist' 2>/dev/null; then
         workers=(-n 14)
     fi
-    part tests "${TESTS:-110}" "$python" -m pytest -q --tb=short "${workers[@]}" tests/test_launch.py tests/test_accuracy.py \
-        tests/test_traps.py -k "$only"
-    part bench "${BENCH:-100}" "$python" -m pytest -q benchmarks/test_losses.py --records "$out/losses.json" -k "$cases"
+    part tests "${TESTS:-110}" "$python" -m pytest -q --tb=short "${workers[@]}" tests/test_launch.py \
+        tests/test_accuracy.py tests/test_traps.py -k "$only"
+    part bench "${BENCH:-100}" "$python" -m pytest -q benchmarks/test_losses.py --records "$out/losses.json" \
+        -k "$cases"
     part linear "${LINEAR:-40}" "$python" benchmarks/linear.py --out "$out/linear.json"
     # shellcheck disable=SC2086  # one word a shape
     part sweep "${SWEEP:-150}" "$python" benchmarks/sweep.py --out "$out/sweep.json" ${shapes:+--shapes $shapes}
     part device "${DEVICE:-60}" "$python" -m pytest -q --tb=short tests/test_device.py
+    exit "${failed:-0}"
     ;;
 linear)
     limited 570 "$python" benchmarks/linear.py --out "$out/linear.json" "$@" 2>&1 | tee "$out/linear.log"

@@ -1,6 +1,11 @@
-"""Without a GPU the kernels run in Triton's interpreter, which must be chosen before Triton is imported."""
+"""Without a GPU the compiled kernels run in an emulator of PTX (`ptx`), or on request in Triton's
+interpreter. Either must be chosen before Triton is imported."""
+
+from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -8,16 +13,100 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import emulation
 import torch
 
+COVERAGE = pytest.StashKey[dict[str, Any]]()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("ptx", "how kernels run where there is no GPU")
+    group.addoption(
+        "--ptx", choices=emulation.CHOICES,
+        help="compute capability of the emulated GPU (90), or the interpreter, also by TRITON_INTERPRET=1",
+    )  # fmt: skip
+    group.addoption("--ptx-order", choices=("lockstep", "warps", "ctas"), default="lockstep")
+    group.addoption("--ptx-seed", type=int, default=0, help="of the order and the noise")
+    group.addoption("--ptx-noise", choices=("exact", "hash", "up", "down"), default="exact",
+                    help="errors of ex2, lg2 and div, within what the PTX manual states")  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    option = config.getoption
+    asked = emulation.INTERPRETER if os.environ.get("TRITON_INTERPRET", "0") == "1" else "90"
+    emulation.choose(
+        option("--ptx") or asked, option("--ptx-order"), option("--ptx-seed"), option("--ptx-noise")
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if emulation.emulator() is None or config.getoption("--ptx-noise") == "exact":
+        return
+    for item in items:
+        reason = next((r for name, r in emulation.BEYOND.items() if item.nodeid.endswith(name)), None)
+        if reason is not None:
+            item.add_marker(pytest.mark.xfail(reason=reason))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    result = yield
+    emulation.fail_on_reports("in this test")
+    return result
+
+
+@pytest.fixture(autouse=True)
+def _reports() -> Iterator[None]:
+    """What a failed test left behind is not the next one's."""
+    yield
+    emulator = emulation.emulator()
+    if emulator:
+        emulator.reports.take()
+
+
+def whole_suite(config: pytest.Config) -> bool:
+    everything = config.args_source == pytest.Config.ArgsSource.TESTPATHS
+    return everything and not config.option.keyword and not config.option.markexpr
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of xdist hands over what its kernels ran; the session that has all of it holds the floor."""
+    emulator = emulation.emulator()
+    if emulator is None:
+        return
+    own = emulation.coverage_of(emulator)
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["ptx"] = own.specialisations
+        return
+    whole = session.config.stash.setdefault(COVERAGE, {})
+    own.merge(whole)
+    whole.update(own.specialisations)
+    if whole_suite(session.config) and session.exitstatus == 0 and emulation.below(own):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """A worker of xdist is done."""
+    emulator = emulation.emulator()
+    if emulator is not None:
+        own = emulation.coverage_of(emulator, node.config.stash.get(COVERAGE, {}))
+        own.merge(getattr(node, "workeroutput", {}).get("ptx", {}))
+        node.config.stash[COVERAGE] = own.specialisations
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    emulator = emulation.emulator()
+    if emulator is not None and config.stash.get(COVERAGE, {}):
+        for line in emulation.summary(emulator, config.stash[COVERAGE], whole_suite(config)):
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture
 def device() -> str:
-    """Where the kernels run: the GPU where there is one, else the CPU by way of the interpreter."""
+    """Where the kernels run: the GPU where there is one, else the CPU."""
     return DEVICE
 
 

@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import emulation
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -31,7 +32,7 @@ def _worker(rank: int, ranks: int, folder: str, cases: Sequence[Callable[[], Non
         torch.cuda.set_device(rank)
     else:
         # Before Triton is imported, and not in the parent, whose kernels may run on a GPU.
-        os.environ["TRITON_INTERPRET"] = "1"
+        emulation.start()
     store = f"file://{folder}/store"
     dist.init_process_group("nccl" if nccl else "gloo", init_method=store, rank=rank, world_size=ranks)
     for case in cases:
@@ -39,6 +40,7 @@ def _worker(rank: int, ranks: int, folder: str, cases: Sequence[Callable[[], Non
         outcome = "passed"
         try:
             case()
+            emulation.fail_on_reports("in this case")
         except BaseException:
             outcome = traceback.format_exc()
         Path(folder, f"{case.__name__}.{rank}").write_text(outcome)

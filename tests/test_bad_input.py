@@ -336,8 +336,9 @@ def test_label_out_of_range_where_no_host_looks(wrong, weighted, backend, device
     expected = deft_loss(y, labels[good], reduction="none", weight=weight, backend=backend)
     expected.sum().backward()
     assert losses[2].isnan()
-    assert torch.equal(losses[good], expected)
-    assert torch.equal(x.grad[good], y.grad)
+    # Not to the bit: another row lies otherwise to a 16-byte boundary, and is summed in another order.
+    torch.testing.assert_close(losses[good], expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(x.grad[good], y.grad, rtol=1e-6, atol=1e-8)
     fused = logits.clone().requires_grad_()
     keywords = {"reduction": "sum", "weight": weight, "grad_in_forward": True, "backend": backend}
     deft_loss(fused, labels, **keywords).backward()

@@ -10,6 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deft_kernels import deft_loss, eager, operators
+from deft_kernels.statistics import Field
 
 MODES = {
     "default": {"grad_in_forward": False},
@@ -59,15 +60,27 @@ def test_functions_and_operators_agree(mode, backend, device):
 
 
 @pytest.mark.parametrize("count", [0, 1, 4095, 4096, 4097, 9000])
-def test_a_mean_over_many_rows(count, backend, device):
-    """The kernels of the batch take 4,096 rows at a time."""
-    logits = torch.randn(count, 3, device=device)
+def test_the_kernels_of_the_batch(count, device):
+    """They take 4,096 rows at a time. Rows that are not kept hold what would show."""
+    from deft_kernels.kernels import launch
+
     labels = torch.randint(0, 3, (count,), device=device)
     labels[::3] = -100
-    loss, gradient = step(logits, labels, {"objective": "nll", "backend": backend})
-    exact, expected = step(logits.double(), labels, {"objective": "nll", "backend": "reference"})
-    torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=0.0)
-    torch.testing.assert_close(gradient.double(), expected, rtol=1e-5, atol=1e-9)
+    kept = labels != -100
+    scale = launch.mean_scale(labels, -100)
+    assert scale.shape == (count,)
+    if count:
+        assert scale[0] == 1.0 / kept.sum().clamp(min=1).float()
+    rows = torch.full((len(Field), count), torch.nan, device=device)
+    rows[Field.KEPT] = kept.float()
+    loss = torch.rand(count, device=device)
+    row_scale = torch.rand(count, device=device).masked_fill(~kept, torch.inf)
+    expected = (loss.double() * row_scale.double())[kept].sum()
+    total = launch.weighted_total(loss, row_scale, rows)
+    torch.testing.assert_close(total.double(), expected, rtol=1e-6, atol=0.0)
+    mean = launch.weighted_total(loss, scale, rows)
+    expected = loss.double()[kept].sum() / kept.sum().clamp(min=1)
+    torch.testing.assert_close(mean.double(), expected, rtol=1e-6, atol=0.0)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -23,6 +23,10 @@ class Launch:
     tail: bool = False
     near: bool = False
 
+    def __post_init__(self) -> None:
+        if self.lanes < 2 * self.width:
+            raise ValueError(f"{self}: a row's edges take 2 width lanes, of {self.lanes}")
+
     @property
     def lanes(self) -> int:
         return self.num_warps * self.warp
