@@ -90,10 +90,10 @@ def test_readme_table(name: str, loss: str, gate: str) -> None:
         torch.testing.assert_close(stats.alpha, alpha)
 
 
-def test_eighteen_numbers_a_row() -> None:
+def test_nineteen_numbers_a_row() -> None:
     for words in (deft_loss.__doc__, row_statistics.__doc__, prose("docs/linear.md")):
-        assert words and re.search(r"18 numbers a\s+row", words)
-    assert len(Field) == 18
+        assert words and re.search(r"19 numbers a\s+row", words)
+    assert len(Field) == 19
 
 
 def test_numbers_that_travel() -> None:
@@ -102,6 +102,8 @@ def test_numbers_that_travel() -> None:
     assert state_size(Spec(objectives.deft(), label_smoothing=0.1)) == 6
     assert state_size(Spec(objectives.deft(math.inf, detach=False))) == 6
     assert state_size(Spec(objectives.deft(math.inf, detach=False), label_smoothing=0.1)) == 7
+    assert state_size(Spec(objectives.deft(), statistics=True)) == 6
+    assert state_size(Spec(objectives.of_statistics(), statistics=True)) == 7
 
 
 def test_what_eps_damps() -> None:
