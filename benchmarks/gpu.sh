@@ -81,7 +81,8 @@ hour)
         workers=(-n 14)
     fi
     part tests "${TESTS:-110}" "$python" -m pytest -q --tb=short "${workers[@]}" tests/test_launch.py \
-        tests/test_accuracy.py tests/test_traps.py -k "$only"
+        tests/test_accuracy.py tests/test_accuracy_options.py tests/test_eager.py tests/test_predicted.py \
+        tests/test_traps.py -k "$only"
     part bench "${BENCH:-100}" "$python" -m pytest -q benchmarks/test_losses.py --records "$out/losses.json" \
         -k "$cases"
     part linear "${LINEAR:-40}" "$python" benchmarks/linear.py --out "$out/linear.json"
