@@ -82,7 +82,8 @@ def start() -> None:
 
     def emulated(kind: str, index: int | None) -> str | None:
         """The emulator is a device for which the package has no name; a test that says 0 means without it."""
-        return None if "TRITON_INTERPRET" not in os.environ else obstacle(kind, index)
+        emulates = kind == "cpu" and "TRITON_INTERPRET" not in os.environ
+        return None if emulates else obstacle(kind, index)
 
     backends._device_obstacle = emulated
 

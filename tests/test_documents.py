@@ -5,6 +5,8 @@ The pages of docs/integrations are run beside their stacks, by tests/integration
 
 from __future__ import annotations
 
+import os
+import platform
 import re
 import shlex
 import subprocess
@@ -31,6 +33,8 @@ STACKS = sorted((ROOT / "docs" / "integrations").glob("*.md"))
 # The Python blocks of these pages by what a test gives them: whole tensors, or the parts of two ranks.
 ALONE = {"README.md": (0, 1, 3, 4), "docs/linear.md": (0,)}
 ON_RANKS = {"README.md": (2,), "docs/parallel.md": (0, 1, 2, 3)}
+# A program of its own.
+PROGRAMS = {"docs/kernels.md": (0,)}
 B, T, D, V = 2, 5, 6, 12
 
 
@@ -64,7 +68,7 @@ def test_every_block_is_run() -> None:
     """A new block wants a place in ALONE or ON_RANKS, or a test beside its stack."""
     for page in PAGES:
         blocks = set(range(len(fenced(page, "python"))))
-        assert blocks == {*ALONE.get(page, ()), *ON_RANKS.get(page, ())}, page
+        assert blocks == {*ALONE.get(page, ()), *ON_RANKS.get(page, ()), *PROGRAMS.get(page, ())}, page
         fences = re.findall(r"^```(\w+)$", text(page), flags=re.MULTILINE)
         assert set(fences) <= {"python", "sh"}, page
     sources = [path.read_text() for folder in ("integrations", "stacks") for path in _tests(folder)]
@@ -76,6 +80,19 @@ def test_every_block_is_run() -> None:
 
 def _tests(folder: str) -> list[Path]:
     return sorted((ROOT / "tests" / folder).glob("*.py"))
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="Triton is for Linux")
+@pytest.mark.parametrize("page", PROGRAMS)
+def test_programs(page: str, tmp_path: Path) -> None:
+    for block in PROGRAMS[page]:
+        program = tmp_path / f"block{block}.py"
+        program.write_text(fenced(page, "python")[block])
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), environment.get("PYTHONPATH", "")])
+        run = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr[-2000:]
+        assert run.stdout.startswith("[]"), run.stdout[:500]
 
 
 def test_readme_first_example() -> None:
