@@ -30,12 +30,12 @@ def _reason(device: torch.device, dtype: torch.dtype) -> str:
     return obstacle
 
 
-def _check(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+def _check(device: torch.device, dtype: torch.dtype, backend: str) -> tuple[float, float]:
     """Relative errors of loss and gradient (of its largest entry) against the float64 reference."""
     generator = torch.Generator().manual_seed(0)
     logits = (torch.randn(ROWS, VOCABULARY, generator=generator) * 4).to(dtype).to(device).requires_grad_()
     labels = torch.randint(0, VOCABULARY, (ROWS,), generator=generator).to(device)
-    loss = deft_loss(logits, labels)
+    loss = deft_loss(logits, labels, backend=backend)
     loss.backward()
     exact = logits.detach().double().requires_grad_()
     expected = deft_loss(exact, labels, backend="reference")
@@ -56,18 +56,25 @@ def main() -> int:
         print(f"cuda:{index}: {torch.cuda.get_device_name(index)}, compute capability {major}.{minor}")
     if len(devices) == 1:
         print(f"no GPU visible to PyTorch; {torch.get_num_threads()} CPU threads")
+    checks = [(device, "auto") for device in devices]
     if backends.interpreted():
         print("TRITON_INTERPRET is set: backend='triton' runs the kernels in Triton's interpreter")
+        checks.append((torch.device("cpu"), "triton"))
+    elif len(devices) == 1:
+        print(
+            "the kernels were not run; TRITON_INTERPRET=1 python -m deft_kernels runs them in an interpreter"
+        )
 
     failed = False
-    for device in devices:
+    for device, backend in checks:
         for dtype, bound in ((torch.float32, 3e-5), (torch.bfloat16, 2**-8)):
-            chosen = backends.choose("auto", device, dtype)
-            loss, gradient = _check(device, dtype)
+            chosen = backends.choose(backend, device, dtype)
+            reason = _reason(device, dtype) if backend == "auto" else "as asked, in the interpreter"
+            loss, gradient = _check(device, dtype, backend)
             good = loss <= 3e-5 and gradient <= bound
             failed |= not good
             print(
-                f"{device}, {str(dtype)[6:]}: backend {chosen!r} ({_reason(device, dtype)})\n    against the "
+                f"{device}, {str(dtype)[6:]}: backend {chosen!r} ({reason})\n    against the "
                 f"float64 reference: loss {loss:.1e}, gradient {gradient:.1e} relative: "
                 f"{'good' if good else 'WRONG'}"
             )

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -24,8 +29,17 @@ def test_notices_a_wrong_result(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     genuine = doctor.deft_loss
 
     def broken(logits: torch.Tensor, labels: torch.Tensor, **keywords: object) -> torch.Tensor:
-        return genuine(logits, labels, **keywords) * (1.001 if not keywords else 1.0)
+        return genuine(logits, labels, **keywords) * (1.0 if keywords["backend"] == "reference" else 1.001)
 
     monkeypatch.setattr(doctor, "deft_loss", broken)
     assert doctor.main() == 1
     assert "WRONG" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="Triton is for Linux")
+def test_runs_the_kernels_in_the_interpreter_on_request() -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "deft_kernels"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "cpu, bfloat16: backend 'triton' (as asked, in the interpreter)" in run.stdout
+    assert run.stdout.count("good") == 4 + 2 * torch.cuda.device_count() and "WRONG" not in run.stdout
