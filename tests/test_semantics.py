@@ -407,9 +407,10 @@ def test_return_stats(name, backend, device):
     assert isinstance(stats, RowStatistics)
     for field, value in stats._asdict().items():
         assert value.shape == shape, field
-        assert value.dtype == (torch.bool if field == "correct" else torch.float32), field
+        exact = {"correct": torch.bool, "predicted": torch.int64}
+        assert value.dtype == exact.get(field, torch.float32), field
         assert not value.requires_grad, field
-        if field == "correct":
+        if field in exact:
             assert torch.equal(value, expected[field]), field
         else:
             torch.testing.assert_close(value.double(), expected[field], **LOSS, msg=field)
