@@ -42,8 +42,8 @@ BENIGN = tuple(
 # Tests that noise takes beyond the stated bound, by the end of their name, with the reason. All are exact
 # gates in fp32 on rows with a probability near 1. Real errors stay within the bound: an H200 passes them.
 BEYOND = {
-    f"test_every_objective[triton-{name}-conflict]": "differences of nearly equal terms use up the bound, and "
-    f"an ex2 that errs by all that the manual allows passes it: {size} times the bound"
+    f"test_every_objective[triton-{name}-conflict]": "differences of nearly equal terms use up the bound, "
+    f"and an ex2 that errs by all that the manual allows passes it: {size} times the bound"
     for name, size in (("deft-exact", "1.1"), ("deft-max-exact", "1.4"), ("rational-exact", "1.6"))
 }
 
