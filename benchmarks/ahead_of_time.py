@@ -15,9 +15,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from deft_kernels import objectives
+from deft_kernels.core.spec import Spec
 from deft_kernels.kernels import call, row_kernels, table
 from deft_kernels.kernels.device import GENERIC, PTX
-from deft_kernels.spec import Spec
 
 TARGETS = {
     "80": GPUTarget("cuda", 80, 32),

@@ -33,7 +33,7 @@ from ahead_of_time import (
 from gpus import DEFAULT, GPUS, occupancy, programs, rates
 from peer_kernels import PEERS, Missing
 
-from deft_kernels.spec import Spec
+from deft_kernels.core.spec import Spec
 
 # Instructions a bf16 logit on sm_90 that the main loops may take; at an H200's full bandwidth there is room
 # for 15 while one is read.

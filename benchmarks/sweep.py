@@ -28,9 +28,9 @@ import torch
 from measure import Case, Inputs, Loss, compare
 
 from deft_kernels import backends, objectives
+from deft_kernels.core.spec import Spec
 from deft_kernels.kernels import launch, table
 from deft_kernels.kernels.call import lean
-from deft_kernels.spec import Spec
 
 DRY = backends.interpreted()
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

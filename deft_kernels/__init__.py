@@ -1,13 +1,13 @@
 """Fused, gated token losses for fine-tuning language models: one call, `deft_loss(logits, labels)`."""
 
 from . import objectives, reference
+from .core.groups import VocabShard
+from .core.statistics import RowStatistics
 from .functional import deft_loss, row_statistics
 from .gated import gated_loss
 from .linear import fused_linear_deft_loss
 from .modules import DEFTLoss, FusedLinearDEFTLoss
 from .objectives import Objective
-from .parallel import VocabShard
-from .statistics import RowStatistics
 from .version import __version__
 
 __all__ = [

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from .block import Block
+from .core.groups import batch_mean
+from .core.spec import Spec
+from .core.statistics import Field, Fields, pack, unpack
 from .formulas import log2_scale
-from .parallel import batch_mean
 from .rows import finish
-from .spec import Spec
 from .states import combine, state_size
-from .statistics import Field, Fields, pack, unpack
 
 
 def matrices(*tensors: Tensor) -> Iterator[list[Tensor]]:

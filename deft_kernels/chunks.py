@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .core.groups import Shard, batch_mean
+from .core.spec import Spec
+from .core.statistics import Field
 from .objectives import nll
-from .parallel import Shard, batch_mean
 from .products import BiasGradient, HiddenGradient, WeightGradient
-from .spec import Spec
-from .statistics import Field
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 

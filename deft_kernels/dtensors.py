@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import arguments
-from .agreement import validating
+from .core import checks
+from .core.agreement import validating
+from .core.groups import VocabShard, total
+from .core.reduction import class_weights
+from .core.statistics import RowStatistics
 from .objectives import Objective, resolve
-from .parallel import VocabShard, total
-from .reductions import class_weights
-from .statistics import RowStatistics
 
 
 def refuse_dtensors(tensors: dict[str, Any], of: str) -> None:
@@ -193,19 +193,19 @@ def _checked(logits: Any, labels: Any, keywords: dict[str, Any]) -> _Layout:
     """The logits' layout; raises, before anything is sent, for what all ranks see: shapes are global ones."""
     if keywords["group"] is not None:
         raise ValueError("group: the logits are a DTensor, whose mesh says who holds which columns")
-    arguments.check_logits(logits)
+    checks.check_logits(logits)
     layout = _Layout(logits)
-    arguments.check_labels(labels, logits)
-    arguments.label("ignore_index", keywords["ignore_index"])
-    if arguments.flag("shift", keywords["shift"]) and layout.time_is_split:
+    checks.check_labels(labels, logits)
+    checks.label("ignore_index", keywords["ignore_index"])
+    if checks.flag("shift", keywords["shift"]) and layout.time_is_split:
         raise ValueError("shift: the time dimension is sharded; shift the labels beforehand")
     if "reduction" in keywords:
-        arguments.check_reduction(keywords["reduction"])
-        arguments.check_token_weight(keywords["token_weight"], labels, logits)
-        arguments.number_of_items(keywords["num_items"], keywords["reduction"])
-        arguments.check_class_weight(keywords["weight"], logits, logits.shape[-1])
+        checks.check_reduction(keywords["reduction"])
+        checks.check_token_weight(keywords["token_weight"], labels, logits)
+        checks.number_of_items(keywords["num_items"], keywords["reduction"])
+        checks.check_class_weight(keywords["weight"], logits, logits.shape[-1])
         for name in ("inplace", "return_stats"):
-            arguments.flag(name, keywords[name])
+            checks.flag(name, keywords[name])
     return layout
 
 

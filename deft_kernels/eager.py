@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import operators
-from .spec import Spec
+from .core.spec import Spec
 
 PLAIN = (Tensor, torch.nn.Parameter)
 

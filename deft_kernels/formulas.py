@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .core.statistics import Field, Fields
 from .objectives import Objective
-from .statistics import Field, Fields
 
 LN2 = math.log(2.0)
 ALPHA_MIN, ALPHA_MAX = 0.001, 1.0

@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
-from . import arguments, backends, eager, objectives, operators, reference
-from .calls import RowLoss, aligned, described, own_rows, shard_of, statistics_record, transform
+from . import backends, eager, objectives, operators, reference
+from .core import checks
+from .core.groups import VocabShard
+from .core.inputs import RowLoss, aligned, described, own_rows, shard_of, statistics_record, transform
+from .core.keywords import named
+from .core.reduction import Reduction, Weighting, in_forward
+from .core.spec import Spec
+from .core.statistics import Field, RowStatistics, detached, predicted_classes
+from .core.validation import in_step
 from .dtensors import is_dtensor, loss_of_dtensor, refuse_dtensors, statistics_of_dtensor
-from .keywords import named
 from .objectives import Objective
-from .parallel import VocabShard
-from .reductions import Reduction, Weighting, in_forward
-from .spec import Spec
-from .statistics import Field, RowStatistics, detached, predicted_classes
-from .validation import in_step
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -138,7 +139,7 @@ def deft_loss(
     Source: DEFT, arXiv:2602.11424.
     """
     objective = described(objective)
-    ignore_index = arguments.label("ignore_index", ignore_index)
+    ignore_index = checks.label("ignore_index", ignore_index)
     if is_dtensor(logits):
         return loss_of_dtensor(deft_loss, logits, labels, {
             "objective": objective, "reduction": reduction, "ignore_index": ignore_index,
@@ -149,22 +150,22 @@ def deft_loss(
         })  # fmt: skip
     given = {"labels": labels, "token_weight": token_weight, "weight": weight, "num_items": num_items}
     refuse_dtensors(given, "logits")
-    arguments.check_logits(logits, part=group is not None)
-    arguments.check_labels(labels, logits)
-    arguments.check_reduction(reduction)
-    arguments.check_token_weight(token_weight, labels, logits)
-    num_items = arguments.number_of_items(num_items, reduction)
+    checks.check_logits(logits, part=group is not None)
+    checks.check_labels(labels, logits)
+    checks.check_reduction(reduction)
+    checks.check_token_weight(token_weight, labels, logits)
+    num_items = checks.number_of_items(num_items, reduction)
     for name, value in (("shift", shift), ("inplace", inplace), ("return_stats", return_stats)):
-        arguments.flag(name, value)
+        checks.flag(name, value)
     if grad_in_forward is not None:
-        arguments.flag("grad_in_forward", grad_in_forward)
+        checks.flag("grad_in_forward", grad_in_forward)
     settings = transform(logit_scale, softcap, temperature)
-    settings["z_loss"] = arguments.number("z_loss", z_loss, 0.0)
-    settings["label_smoothing"] = arguments.number("label_smoothing", label_smoothing, 0.0, 1.0)
+    settings["z_loss"] = checks.number("z_loss", z_loss, 0.0)
+    settings["label_smoothing"] = checks.number("label_smoothing", label_smoothing, 0.0, 1.0)
     chosen = backends.choose(backend, logits.device, logits.dtype)
     shard = shard_of(group, logits.shape[-1], logits.device, chosen, labels, ignore_index, weight)
     vocabulary = logits.shape[-1] if shard is None else shard.size
-    arguments.check_class_weight(weight, logits, vocabulary)
+    checks.check_class_weight(weight, logits, vocabulary)
     shape, flat = labels.shape, aligned(labels, shift, ignore_index)
     weight = None if weight is None else weight.contiguous()
     weighting = Weighting(reduction, token_weight, weight, num_items)
@@ -198,9 +199,9 @@ def deft_loss(
             logits, flat.reshape(shape), objective, weighting, ignore_index, settings, return_stats
         )
 
-    arguments.check_no_transform(logits)
+    checks.check_no_transform(logits)
     if inplace:
-        arguments.check_inplace(logits)
+        checks.check_inplace(logits)
     spec = Spec(objective, **settings, statistics=return_stats, inplace=inplace, backend=chosen, shard=shard)
     logits = _addressable(logits)
     # Asked first, as what cannot be honoured raises in evaluation too.
@@ -309,10 +310,10 @@ def row_statistics(
             "temperature": temperature, "group": group, "backend": backend,
         })  # fmt: skip
     refuse_dtensors({"labels": labels}, "logits")
-    arguments.check_logits(logits, part=group is not None)
-    arguments.check_labels(labels, logits)
-    ignore_index = arguments.label("ignore_index", ignore_index)
-    arguments.flag("shift", shift)
+    checks.check_logits(logits, part=group is not None)
+    checks.check_labels(labels, logits)
+    ignore_index = checks.label("ignore_index", ignore_index)
+    checks.flag("shift", shift)
     settings = transform(logit_scale, softcap, temperature)
     chosen = backends.choose(backend, logits.device, logits.dtype)
     shard = shard_of(group, logits.shape[-1], logits.device, chosen, labels, ignore_index)
@@ -325,7 +326,7 @@ def row_statistics(
         )
         values = reference.statistics(z, flat.reshape(shape), ignore_index)
         return RowStatistics(**reference.without_ignored(values, valid))
-    arguments.check_no_transform(logits)
+    checks.check_no_transform(logits)
     spec = Spec(objectives.of_statistics(), **settings, statistics=True, backend=chosen, shard=shard)
     code, numbers = spec.encode()
     outputs = operators.row_statistics(_addressable(logits), flat, ignore_index, code, numbers)

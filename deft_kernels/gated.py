@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from . import objectives
-from .arguments import check_dense, check_no_transform, kind_of
+from .core.checks import check_dense, check_no_transform, kind_of
+from .core.groups import batch_mean
+from .core.keywords import named
+from .core.statistics import Field
 from .formulas import evaluate, outside_band
-from .keywords import named
 from .objectives import Objective
-from .parallel import batch_mean
-from .statistics import Field
 
 
 class RowFormula(torch.autograd.Function):

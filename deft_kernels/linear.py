@@ -8,19 +8,20 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
-from . import arguments, backends, linear_operators, objectives
-from .calls import RowLoss, aligned, described, own_rows, shard_of, statistics_record, transform
+from . import backends, linear_operators, objectives
+from .core import checks
+from .core.groups import VocabShard
+from .core.inputs import RowLoss, aligned, described, own_rows, shard_of, statistics_record, transform
+from .core.keywords import named
+from .core.reduction import Reduction, Weighting, in_forward_obstacle
+from .core.spec import Spec
+from .core.statistics import Field, RowStatistics, detached, predicted_classes
+from .core.validation import in_step
 from .dtensors import is_dtensor, refuse_dtensors
 from .functional import deft_loss
 from .gathered import whole
-from .keywords import named
 from .objectives import Objective
-from .parallel import VocabShard
 from .products import HALF
-from .reductions import Reduction, Weighting, in_forward_obstacle
-from .spec import Spec
-from .statistics import Field, RowStatistics, detached, predicted_classes
-from .validation import in_step
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -34,10 +35,10 @@ def _check_head(hidden: Any, weight: Any, bias: Any, part: bool) -> None:
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if tensor is None and name == "bias":
             continue
-        arguments.check_floats(tensor, name)
+        checks.check_floats(tensor, name)
         if name != "hidden" and tensor.device != hidden.device:
             raise ValueError(f"{name}: is on {tensor.device}, hidden is on {hidden.device}")
-        arguments.check_no_transform(tensor, name)
+        checks.check_no_transform(tensor, name)
     if hidden.dim() == 0 or hidden.shape[-1] == 0:
         raise ValueError(f"hidden: expected shape [..., D] with D > 0, got {tuple(hidden.shape)}")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
@@ -80,7 +81,7 @@ def _budget(chunk_bytes: Any, hidden: Tensor, columns: int, product: torch.dtype
         one = hidden.numel() // hidden.shape[-1] * columns * product.itemsize
         sums = 4 * columns * hidden.shape[-1] if summed and product in HALF else 0
         return max(one, 1) if one <= CHUNK_BYTES_ELSEWHERE + sums else CHUNK_BYTES_ELSEWHERE
-    budget: int = arguments.integer("chunk_bytes", chunk_bytes)
+    budget: int = checks.integer("chunk_bytes", chunk_bytes)
     if budget < 1:
         raise ValueError(f"chunk_bytes: expected a positive number of bytes, got {budget}")
     return budget
@@ -174,23 +175,23 @@ def fused_linear_deft_loss(
     Source: DEFT, arXiv:2602.11424.
     """
     objective = described(objective)
-    arguments.check_reduction(reduction)
-    ignore_index = arguments.label("ignore_index", ignore_index)
-    num_items = arguments.number_of_items(num_items, reduction)
+    checks.check_reduction(reduction)
+    ignore_index = checks.label("ignore_index", ignore_index)
+    num_items = checks.number_of_items(num_items, reduction)
     for name, value in (("shift", shift), ("return_stats", return_stats)):
-        arguments.flag(name, value)
+        checks.flag(name, value)
     if group is not None and (is_dtensor(weight) or is_dtensor(bias)):
         raise ValueError("group: weight and bias are to be this rank's own rows; pass weight.to_local()")
     given = {"labels": labels, "token_weight": token_weight, "class_weight": class_weight}
     refuse_dtensors(given | {"num_items": num_items}, "hidden")
     hidden, weight, bias = whole(hidden, weight, bias)
     _check_head(hidden, weight, bias, group is not None)
-    outline = arguments.Outline((*hidden.shape[:-1], weight.shape[0]), hidden.device)
-    arguments.check_labels(labels, outline)
-    arguments.check_token_weight(token_weight, labels, outline)
+    outline = checks.Outline((*hidden.shape[:-1], weight.shape[0]), hidden.device)
+    checks.check_labels(labels, outline)
+    checks.check_token_weight(token_weight, labels, outline)
     settings = transform(logit_scale, softcap, temperature)
-    settings["z_loss"] = arguments.number("z_loss", z_loss, 0.0)
-    settings["label_smoothing"] = arguments.number("label_smoothing", label_smoothing, 0.0, 1.0)
+    settings["z_loss"] = checks.number("z_loss", z_loss, 0.0)
+    settings["label_smoothing"] = checks.number("label_smoothing", label_smoothing, 0.0, 1.0)
     product = _product_dtype(hidden, weight, bias)
     chosen = backends.choose(backend, hidden.device, product)
     shard = shard_of(group, weight.shape[0], hidden.device, chosen, labels, ignore_index, class_weight)
@@ -198,7 +199,7 @@ def fused_linear_deft_loss(
     columns = vocabulary if shard is None else -(-shard.size // shard.ranks)
     summed = torch.is_grad_enabled() and weight.requires_grad
     budget = _budget(chunk_bytes, hidden, columns, product, summed)
-    arguments.check_class_weight(class_weight, outline, vocabulary, "class_weight")
+    checks.check_class_weight(class_weight, outline, vocabulary, "class_weight")
     if chosen == "reference":
         options: dict[str, Any] = {"num_items": num_items, "shift": shift, "return_stats": return_stats}
         options |= {"objective": objective, "reduction": reduction, "ignore_index": ignore_index, **settings}

@@ -10,12 +10,13 @@ from typing import Any, List, Optional, Tuple
 import torch
 from torch import Tensor
 
-from . import blocked, chunks, objectives, validation
+from . import blocked, chunks, objectives
 from .chunks import Head
+from .core import validation
+from .core.spec import decode
+from .core.statistics import Field
 from .operators import check_labels, implementation, no_double_backward, save_nothing, weighted_total
 from .rows import gradient_fields
-from .spec import decode
-from .statistics import Field
 
 
 def _outside_autocast(hidden: Tensor) -> torch.autocast:

@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .calls import RowLoss, described
+from .core.inputs import RowLoss, described
+from .core.keywords import named, unknown
+from .core.reduction import Reduction
+from .core.statistics import RowStatistics
 from .functional import deft_loss
-from .keywords import named, unknown
 from .linear import fused_linear_deft_loss
 from .objectives import Objective
-from .reductions import Reduction
-from .statistics import RowStatistics
 
 
 class _Loss(nn.Module):

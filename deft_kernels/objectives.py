@@ -28,8 +28,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from .arguments import flag, kind_of, number
-from .parallel import group_name
+from .core.checks import flag, kind_of, number
+from .core.groups import group_name
 
 Focus = Literal[
     "fixed", "collision", "shannon", "max_prob", "cayley", "prob", "entropy", "statistics", "statistics+max"

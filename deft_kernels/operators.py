@@ -15,11 +15,12 @@ from typing import Any, List, Optional, Tuple
 import torch
 from torch import Tensor
 
-from . import blocked, objectives, validation
+from . import blocked, objectives
+from .core import validation
+from .core.spec import Spec, decode
+from .core.statistics import Field
 from .rows import gradient_fields
 from .sharded import Sharded
-from .spec import Spec, decode
-from .statistics import Field
 
 # torch.library infers an operator's schema from annotations, so they are spelled with `typing` here.
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .agreement import gathered
-from .parallel import Shard
-from .spec import Spec
+from .core.agreement import gathered
+from .core.groups import Shard
+from .core.spec import Spec
 from .states import identity
 
 

@@ -18,9 +18,9 @@ import math
 import torch
 from torch import Tensor
 
+from .core.spec import Spec
+from .core.statistics import Field, Fields
 from .formulas import LN2
-from .spec import Spec
-from .statistics import Field, Fields
 
 # Offsets beyond are rounded by more than 2^x can bear, see `kernels.device`.
 LARGEST_OFFSET = 2.0**28

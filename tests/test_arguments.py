@@ -19,9 +19,9 @@ from deft_kernels import (
     fused_linear_deft_loss,
     gated_loss,
     objectives,
-    parallel,
     row_statistics,
 )
+from deft_kernels.core import groups
 
 N, D, V = 4, 5, 7
 
@@ -79,13 +79,13 @@ def test_a_shard_counted_by_numpy(monkeypatch):
         def size(self):
             return 2
 
-    monkeypatch.setattr(parallel, "group_name", lambda group, name="group": "ranks")
+    monkeypatch.setattr(groups, "group_name", lambda group, name="group": "ranks")
     start, size = np.array([5, 12])
-    shard = parallel.resolved(VocabShard(Group(), start, size), 7, torch.device("cpu"))
+    shard = groups.resolved(VocabShard(Group(), start, size), 7, torch.device("cpu"))
     assert shard[:4] == (5, 12, 2, "ranks") and type(shard.start) is int
     for field, place in (("start", (5.0, 12)), ("size", (5, True))):
         with pytest.raises(TypeError, match=f"^group: VocabShard.{field}: expected an int"):
-            parallel.resolved(VocabShard(Group(), *place), 7, torch.device("cpu"))
+            groups.resolved(VocabShard(Group(), *place), 7, torch.device("cpu"))
 
 
 NO_NUMBERS = [

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
 
 from deft_kernels import DEFTLoss, deft_loss, objectives, operators, row_statistics
+from deft_kernels.core.spec import Spec
 from deft_kernels.rows import gradient_fields
-from deft_kernels.spec import Spec
 
 N, V = 6, 23
 
@@ -192,7 +192,7 @@ def test_every_operator_is_checked():
 def test_settings_survive_the_schema(objective):
     from dataclasses import replace
 
-    from deft_kernels.spec import decode
+    from deft_kernels.core.spec import decode
 
     spec = Spec(objective.within("0.1<=p<=0.7"), 3.0, 0.7, 0.01, 0.1, True, True, "triton")
     assert decode(*spec.encode()) == replace(spec, objective=replace(spec.objective, name=objective.family))

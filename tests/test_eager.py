@@ -10,7 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deft_kernels import deft_loss, eager, operators
-from deft_kernels.statistics import Field
+from deft_kernels.core.statistics import Field
 
 MODES = {
     "default": {"grad_in_forward": False},

@@ -13,9 +13,9 @@ from deft_kernels import (
     deft_loss,
     fused_linear_deft_loss,
     gated_loss,
-    keywords,
     row_statistics,
 )
+from deft_kernels.core import keywords
 
 N, D, V = 4, 5, 7
 LOGITS, HIDDEN, HEAD = torch.randn(N, V), torch.randn(N, D), torch.randn(V, D)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from deft_kernels import FusedLinearDEFTLoss, fused_linear_deft_loss, linear_operators, objectives
-from deft_kernels.spec import Spec
+from deft_kernels.core.spec import Spec
 
 N, D, V = 6, 4, 23
 BUDGET = 2 * V * 4

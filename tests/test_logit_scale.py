@@ -7,14 +7,7 @@ import torch
 from rows import gradient_excess
 from torch.nn.functional import linear
 
-from deft_kernels import (
-    DEFTLoss,
-    deft_loss,
-    fused_linear_deft_loss,
-    objectives,
-    reference,
-    row_statistics,
-)
+from deft_kernels import DEFTLoss, deft_loss, fused_linear_deft_loss, objectives, reference, row_statistics
 
 N, D, V = 6, 5, 37
 

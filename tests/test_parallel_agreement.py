@@ -18,7 +18,8 @@ import torch.distributed as dist
 from rows import make
 from torch import Tensor
 
-from deft_kernels import VocabShard, agreement, deft_loss, fused_linear_deft_loss, objectives, row_statistics
+from deft_kernels import VocabShard, deft_loss, fused_linear_deft_loss, objectives, row_statistics
+from deft_kernels.core import agreement
 
 N, D = 5, 4
 # Columns of each rank, one after another over the same group. First those that one rank sees and another does

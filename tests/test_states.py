@@ -10,10 +10,10 @@ from rows import make
 from torch import Tensor
 
 from deft_kernels import blocked, objectives
+from deft_kernels.core.spec import Spec
+from deft_kernels.core.statistics import Field
 from deft_kernels.operators import implementation
-from deft_kernels.spec import Spec
 from deft_kernels.states import identity, state_size
-from deft_kernels.statistics import Field
 
 # Three parts, the last narrower than a warp's first tile of fp32 logits (128 columns).
 V, WIDTHS = 656, (320, 300, 36)

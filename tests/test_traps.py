@@ -15,8 +15,8 @@ from rows import KINDS, ULP, gradient_excess, loss_excess, make
 from torch import Tensor
 
 from deft_kernels import deft_loss, objectives, operators, row_statistics
-from deft_kernels.spec import Spec
-from deft_kernels.statistics import Field
+from deft_kernels.core.spec import Spec
+from deft_kernels.core.statistics import Field
 
 MODES = {
     "backward": {"grad_in_forward": False},

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calls import RowLoss
+from ..core.inputs import RowLoss
+from ..core.reduction import class_weights
 from ..linear import fused_linear_deft_loss
 from ..objectives import Objective
-from ..reductions import class_weights
 from . import head as heads
 from .running import RunningStatistics
 from .settings import checked, described, recorder

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.groups import VocabShard
 from ..functional import deft_loss
 from ..objectives import Objective, resolve
-from ..parallel import VocabShard
 from .settings import checked
 
 KEYWORDS = ("temperature", "z_loss", "inplace", "backend")

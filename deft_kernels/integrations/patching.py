@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calls import RowLoss
+from ..core.inputs import RowLoss
 from ..linear import fused_linear_deft_loss
 from ..objectives import Objective
 from . import head as heads

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.statistics import RowStatistics
 from ..dtensors import is_dtensor
-from ..statistics import RowStatistics
 from .proof import Calls
 
 NAMES = ("nll", "mean_alpha", "mean_gate", "mean_entropy", "top1")

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import calls
-from ..calls import RowLoss
-from ..keywords import meant
+from ..core import inputs
+from ..core.inputs import RowLoss
+from ..core.keywords import meant
 from ..objectives import Objective
 from .running import RunningStatistics
 
@@ -19,7 +19,7 @@ OF_HIDDEN = ("temperature", "z_loss", "label_smoothing", "class_weight", "chunk_
 
 def described(objective: str | Objective | RowLoss) -> Objective | RowLoss:
     """The objective, its name resolved, so that a wrong one raises where it was written."""
-    return calls.described(objective)
+    return inputs.described(objective)
 
 
 def checked(call: str, known: tuple[str, ...], keywords: dict[str, Any]) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor
 from torchtitan.components.loss import IGNORE_INDEX, BaseLoss
 
+from ..core.groups import VocabShard
 from ..dtensors import is_dtensor
 from ..functional import deft_loss
 from ..objectives import Objective
-from ..parallel import VocabShard
 from .settings import described
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..calls import RowLoss
+from ..core.inputs import RowLoss
 from ..objectives import Objective
 from .checks import check_labels, check_trainer
 from .logits import ComputeLoss, ForCausalLM, compute_loss_func, for_causal_lm

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.groups import batch_mean
+from ..core.statistics import Field, RowStatistics
 from ..formulas import evaluate, outside_band
 from ..gated import gated_loss
 from ..objectives import Objective, resolve
-from ..parallel import batch_mean
-from ..statistics import Field, RowStatistics
 from .checks import check_trainer, refuse_label_smoothing
 from .logits import ComputeLoss
 from .patching import RECORD

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.statistics import Field
 from ..formulas import evaluate, outside_band
 from ..functional import row_statistics
 from ..gated import gated_loss
 from ..objectives import Objective, resolve
-from ..statistics import Field
 from .settings import denominator
 
 # Of one micro-batch: its share of the mean over all tokens of the batch, so that verl sums them as the loss.

@@ -13,9 +13,9 @@ import triton
 from torch import Tensor
 
 from ..backends import interpreted
+from ..core.spec import Spec
+from ..core.statistics import Field
 from ..formulas import log2_scale
-from ..spec import Spec
-from ..statistics import Field
 from . import finish, objectives
 from .device import GENERIC, INTERPRETED, PTX
 

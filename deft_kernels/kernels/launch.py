@@ -11,10 +11,10 @@ import torch
 import triton
 from torch import Tensor
 
-from ..parallel import batch_mean
-from ..spec import Spec
+from ..core.groups import batch_mean
+from ..core.spec import Spec
+from ..core.statistics import Field
 from ..states import state_size
-from ..statistics import Field
 from . import objectives, table
 from .batch_kernels import mean_scale_kernel, weighted_total_kernel
 from .call import (

@@ -23,7 +23,7 @@ from rows import FREE, RELATIVE
 from torch import Tensor
 
 from deft_kernels import deft_loss, reference
-from deft_kernels.statistics import RowStatistics
+from deft_kernels.core.statistics import RowStatistics
 
 EPSILON = torch.finfo(torch.float32).eps
 # The oracle's own rounding, for a weight near 0 on a large -logp.

@@ -28,7 +28,7 @@ from .agreement import (
     setting_terms,
     validating,
 )
-from .parallel import Shard, VocabShard, all_gather, group_of, remember
+from .groups import Shard, VocabShard, all_gather, group_of, remember
 from .spec import Spec
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .parallel import Shard, all_gather, group_of, remember
+from .groups import Shard, all_gather, group_of, remember
 from .spec import Spec
 
 # The row that goes with the states; as many numbers as the smallest state has.

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from .objectives import Objective
-from .parallel import Shard
+from ..objectives import Objective
+from .groups import Shard
 from .statistics import Field
 
 

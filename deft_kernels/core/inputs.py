@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import arguments
+from ..objectives import TABLE, Objective, resolve
+from . import checks
 from .agreement import validating
-from .objectives import TABLE, Objective, resolve
-from .parallel import Shard, VocabShard, group_name, remember, resolved, vocabulary_of
-from .reductions import class_weights
+from .groups import Shard, VocabShard, group_name, remember, resolved, vocabulary_of
+from .reduction import class_weights
 from .statistics import Field, RowStatistics, predicted_classes, with_stand_ins
 
 RowLoss = Callable[[RowStatistics], Tensor]
@@ -27,7 +27,7 @@ def described(objective: Any) -> Objective | RowLoss:
     if isinstance(objective, (str, Objective)):
         return resolve(objective)
     if not callable(objective):
-        kind = arguments.kind_of(objective)
+        kind = checks.kind_of(objective)
         raise TypeError(
             f"objective: expected a name, an Objective or a function of RowStatistics, got {kind}"
         )
@@ -41,7 +41,7 @@ def described(objective: Any) -> Objective | RowLoss:
         )
     if isinstance(objective, nn.Module):
         package = type(objective).__module__.partition(".")[0]
-        if isinstance(objective, nn.CrossEntropyLoss) or package in ("torch", __package__):
+        if isinstance(objective, nn.CrossEntropyLoss) or package in ("torch", "deft_kernels"):
             raise TypeError(
                 f"objective: expected a function of RowStatistics, and {type(objective).__name__} is none; "
                 'cross-entropy is objective="nll"'
@@ -51,7 +51,7 @@ def described(objective: Any) -> Objective | RowLoss:
 
 def aligned(labels: Tensor, shift: bool, ignore_index: int) -> Tensor:
     """Flat int64 labels; with `shift`, position t gets the label of t + 1 and the last one ignore_index."""
-    arguments.check_ignorable(labels, ignore_index)
+    checks.check_ignorable(labels, ignore_index)
     labels = labels.long()
     if shift:
         if labels.dim() == 0:
@@ -67,11 +67,11 @@ def transform(logit_scale: Any, softcap: Any, temperature: Any) -> dict[str, Any
 
     Those are the given ones divided by the scale, so that no kernel multiplies by it.
     """
-    scale = arguments.number("logit_scale", logit_scale, 0.0, above=True)
-    cap = 0.0 if softcap is None else arguments.number("softcap", softcap, 0.0, above=True) / scale
+    scale = checks.number("logit_scale", logit_scale, 0.0, above=True)
+    cap = 0.0 if softcap is None else checks.number("softcap", softcap, 0.0, above=True) / scale
     return {
         "softcap": cap,
-        "temperature": arguments.number("temperature", temperature, 0.0, above=True) / scale,
+        "temperature": checks.number("temperature", temperature, 0.0, above=True) / scale,
     }
 
 
