@@ -27,12 +27,13 @@ import machine
 import torch
 from measure import Case, Inputs, Loss, compare
 
-from deft_kernels import backends, objectives
+from deft_kernels import objectives
+from deft_kernels.backends import choice
 from deft_kernels.core.spec import Spec
 from deft_kernels.kernels import launch, table
 from deft_kernels.kernels.call import lean
 
-DRY = backends.interpreted()
+DRY = choice.interpreted()
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 OBJECTIVES = {"deft": objectives.deft(), "eaft": objectives.eaft()}
 SHAPES = ("4096x32000", "8192x128256", "4096x262144", "4096x50257", "8x128256", "512x128256")

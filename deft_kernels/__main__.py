@@ -7,7 +7,7 @@ from importlib import metadata
 
 import torch
 
-from . import backends
+from .backends import choice
 from .functional import deft_loss
 from .version import __version__
 
@@ -22,8 +22,8 @@ def _version(package: str) -> str:
 
 
 def _reason(device: torch.device, dtype: torch.dtype) -> str:
-    obstacle = backends.obstacle(device, dtype)
-    if backends.choose("auto", device, dtype) == "triton":
+    obstacle = choice.obstacle(device, dtype)
+    if choice.choose("auto", device, dtype) == "triton":
         return "the kernels support this device and dtype"
     if obstacle is None:
         return "the interpreter runs the kernels on the CPU only when backend='triton' is asked for"
@@ -57,7 +57,7 @@ def main() -> int:
     if len(devices) == 1:
         print(f"no GPU visible to PyTorch; {torch.get_num_threads()} CPU threads")
     checks = [(device, "auto") for device in devices]
-    if backends.interpreted():
+    if choice.interpreted():
         print("TRITON_INTERPRET is set: backend='triton' runs the kernels in Triton's interpreter")
         checks.append((torch.device("cpu"), "triton"))
     elif len(devices) == 1:
@@ -68,7 +68,7 @@ def main() -> int:
     failed = False
     for device, backend in checks:
         for dtype, bound in ((torch.float32, 3e-5), (torch.bfloat16, 2**-8)):
-            chosen = backends.choose(backend, device, dtype)
+            chosen = choice.choose(backend, device, dtype)
             reason = _reason(device, dtype) if backend == "auto" else "as asked, in the interpreter"
             loss, gradient = _check(device, dtype, backend)
             good = loss <= 3e-5 and gradient <= bound

@@ -3,7 +3,7 @@
     logits = hidden W^T + bias     dhidden = dlogits W     dW = dlogits^T hidden     dbias = sum_i dlogits_i
 
 The buffer is private, so each chunk's gradient is written over its logits. Plain functions of plain tensors,
-without autograd; `backend` is a module with the functions of `blocked`.
+without autograd; `backend` is one of `backends`.
 """
 
 from __future__ import annotations

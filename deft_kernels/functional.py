@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
-from . import backends, eager, objectives, operators, reference
+from . import eager, objectives, operators, reference
+from .backends import choice
 from .core import checks
 from .core.groups import VocabShard
 from .core.inputs import RowLoss, aligned, described, own_rows, shard_of, statistics_record, transform
@@ -162,7 +163,7 @@ def deft_loss(
     settings = transform(logit_scale, softcap, temperature)
     settings["z_loss"] = checks.number("z_loss", z_loss, 0.0)
     settings["label_smoothing"] = checks.number("label_smoothing", label_smoothing, 0.0, 1.0)
-    chosen = backends.choose(backend, logits.device, logits.dtype)
+    chosen = choice.choose(backend, logits.device, logits.dtype)
     shard = shard_of(group, logits.shape[-1], logits.device, chosen, labels, ignore_index, weight)
     vocabulary = logits.shape[-1] if shard is None else shard.size
     checks.check_class_weight(weight, logits, vocabulary)
@@ -315,7 +316,7 @@ def row_statistics(
     ignore_index = checks.label("ignore_index", ignore_index)
     checks.flag("shift", shift)
     settings = transform(logit_scale, softcap, temperature)
-    chosen = backends.choose(backend, logits.device, logits.dtype)
+    chosen = choice.choose(backend, logits.device, logits.dtype)
     shard = shard_of(group, logits.shape[-1], logits.device, chosen, labels, ignore_index)
     shape, flat = labels.shape, aligned(labels, shift, ignore_index)
     if chosen == "reference":

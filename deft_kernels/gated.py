@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from . import objectives
+from .backends.pytorch.objectives import evaluate, outside_band
 from .core.checks import check_dense, check_no_transform, kind_of
 from .core.groups import batch_mean
 from .core.keywords import named
 from .core.statistics import Field
-from .formulas import evaluate, outside_band
 from .objectives import Objective
 
 
 class RowFormula(torch.autograd.Function):
-    """`formulas.evaluate` with its hand-written derivatives; rows outside `valid` or the band are 0."""
+    """`evaluate` of the PyTorch backend and its derivatives; rows outside `valid` or the band are 0."""
 
     @staticmethod
     def forward(

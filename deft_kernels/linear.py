@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
-from . import backends, linear_operators, objectives
+from . import linear_operators, objectives
+from .backends import choice
 from .core import checks
 from .core.groups import VocabShard
 from .core.inputs import RowLoss, aligned, described, own_rows, shard_of, statistics_record, transform
@@ -193,7 +194,7 @@ def fused_linear_deft_loss(
     settings["z_loss"] = checks.number("z_loss", z_loss, 0.0)
     settings["label_smoothing"] = checks.number("label_smoothing", label_smoothing, 0.0, 1.0)
     product = _product_dtype(hidden, weight, bias)
-    chosen = backends.choose(backend, hidden.device, product)
+    chosen = choice.choose(backend, hidden.device, product)
     shard = shard_of(group, weight.shape[0], hidden.device, chosen, labels, ignore_index, class_weight)
     vocabulary = weight.shape[0] if shard is None else shard.size
     columns = vocabulary if shard is None else -(-shard.size // shard.ranks)

@@ -10,13 +10,14 @@ from typing import Any, List, Optional, Tuple
 import torch
 from torch import Tensor
 
-from . import blocked, chunks, objectives
+from . import chunks, objectives
+from .backends.pytorch import backend as pytorch_backend
+from .backends.pytorch.finish import gradient_fields
 from .chunks import Head
 from .core import validation
 from .core.spec import decode
 from .core.statistics import Field
 from .operators import check_labels, implementation, no_double_backward, save_nothing, weighted_total
-from .rows import gradient_fields
 
 
 def _outside_autocast(hidden: Tensor) -> torch.autocast:
@@ -230,7 +231,7 @@ def scale_(gradient: Tensor, upstream: Tensor, backend: str, kept: Optional[Tens
 
         launch.scale(gradient, upstream, kept)
     else:
-        blocked.scale(gradient, upstream, kept)
+        pytorch_backend.scale(gradient, upstream, kept)
 
 
 def _setup_statistics(ctx: Any, inputs: Any, output: Any) -> None:

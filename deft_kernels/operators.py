@@ -15,18 +15,19 @@ from typing import Any, List, Optional, Tuple
 import torch
 from torch import Tensor
 
-from . import blocked, objectives
+from . import objectives
+from .backends.pytorch import backend as pytorch_backend
+from .backends.pytorch.finish import gradient_fields
+from .backends.sharded import Sharded
 from .core import validation
 from .core.spec import Spec, decode
 from .core.statistics import Field
-from .rows import gradient_fields
-from .sharded import Sharded
 
 # torch.library infers an operator's schema from annotations, so they are spelled with `typing` here.
 
 
 def implementation(spec: Spec) -> Any:
-    backend: Any = blocked
+    backend: Any = pytorch_backend
     if spec.backend == "triton":
         from .kernels import launch
 

@@ -73,21 +73,21 @@ def start() -> None:
     from ptx.machine import Settings
     from ptx.reports import Benign
 
-    from deft_kernels import backends
+    from deft_kernels.backends import choice
 
     settings = Settings(
         order=os.environ["PTX_ORDER"], seed=int(os.environ["PTX_SEED"]), noise=os.environ["PTX_NOISE"]
     )
     _emulator = Emulator(int(arch), settings, tuple(Benign(*known) for known in BENIGN))
     _emulator.install()
-    obstacle = backends._device_obstacle
+    obstacle = choice._device_obstacle
 
     def emulated(kind: str, index: int | None) -> str | None:
         """The emulator is a device for which the package has no name; a test that says 0 means without it."""
         emulates = kind == "cpu" and "TRITON_INTERPRET" not in os.environ
         return None if emulates else obstacle(kind, index)
 
-    backends._device_obstacle = emulated
+    choice._device_obstacle = emulated
 
 
 def emulator() -> Emulator | None:

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
 
 from deft_kernels import DEFTLoss, deft_loss, objectives, operators, row_statistics
+from deft_kernels.backends.pytorch.finish import gradient_fields
 from deft_kernels.core.spec import Spec
-from deft_kernels.rows import gradient_fields
 
 N, V = 6, 23
 

@@ -18,11 +18,11 @@ from documents import ROOT, prose, text
 from torch import Tensor
 
 from deft_kernels import deft_loss, objectives, row_statistics
+from deft_kernels.backends.pytorch.objectives import LN2
+from deft_kernels.backends.states import state_size
 from deft_kernels.core.spec import Spec
 from deft_kernels.core.statistics import Field
-from deft_kernels.formulas import LN2
 from deft_kernels.objectives import Objective
-from deft_kernels.states import state_size
 
 QWEN = 151_936
 

@@ -11,13 +11,13 @@ from rows import DTYPES, make
 from torch import Tensor
 
 from deft_kernels import RowStatistics, deft_loss, fused_linear_deft_loss, objectives, row_statistics
+from deft_kernels.backends.states import state_size
 from deft_kernels.core import statistics
 from deft_kernels.core.spec import Spec
 from deft_kernels.core.statistics import Field, predicted_classes
 from deft_kernels.kernels import table
 from deft_kernels.kernels.table import Launch
 from deft_kernels.operators import implementation
-from deft_kernels.states import state_size
 
 BACKENDS = ("triton", "torch")
 VOCABULARY = 3333  # turns, tail and edges of one warp, as in test_launch.py

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
+
+import numpy as np
+import torch
 
 from ..objectives import Objective
 from .groups import Shard
@@ -75,6 +79,12 @@ class Spec:
 
     def _through(self, *foci: str) -> bool:
         return not self.objective.detach and self.objective.focus in foci
+
+
+def log2_scale(temperature: float, dtype: torch.dtype = torch.float32) -> float:
+    """k = log2(e) / temperature as the dtype of the passes holds it; no tensor, no device, no waiting."""
+    k = 1.0 / math.log(2.0) / temperature
+    return k if dtype == torch.float64 else float(np.float32(k))
 
 
 def decode(code: str, numbers: list[float]) -> Spec:

@@ -77,7 +77,7 @@ class Field(IntEnum):
     k = log2(e) / temperature rounded to the buffer's dtype. OFFSET need only be near the maximum, so that its
     own rounding cancels: unlike lse it costs no precision at |z| = 300. PREDICTED is 1 + the first column
     with the largest logit, so that 0, which rows that count for nothing hold everywhere, is none. A, B, C,
-    PEAK_GRAD and TARGET are the coefficients of the gradient for an upstream of 1 (see `rows.coefficients`).
+    PEAK_GRAD and TARGET are the coefficients of the gradient for an upstream of 1 (`coefficients`).
     """
 
     # Enum's own is a Python function that hashes the name, a third of a dictionary's time.

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends.pytorch.objectives import evaluate, outside_band
 from ..core.groups import batch_mean
 from ..core.statistics import Field, RowStatistics
-from ..formulas import evaluate, outside_band
 from ..gated import gated_loss
 from ..objectives import Objective, resolve
 from .checks import check_trainer, refuse_label_smoothing

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends.pytorch.objectives import evaluate, outside_band
 from ..core.statistics import Field
-from ..formulas import evaluate, outside_band
 from ..functional import row_statistics
 from ..gated import gated_loss
 from ..objectives import Objective, resolve

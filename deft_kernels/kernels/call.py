@@ -12,10 +12,9 @@ import torch
 import triton
 from torch import Tensor
 
-from ..backends import interpreted
-from ..core.spec import Spec
+from ..backends.choice import interpreted
+from ..core.spec import Spec, log2_scale
 from ..core.statistics import Field
-from ..formulas import log2_scale
 from . import finish, objectives
 from .device import GENERIC, INTERPRETED, PTX
 

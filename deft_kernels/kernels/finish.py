@@ -1,4 +1,4 @@
-"""From a row's state to its loss and the coefficients of its gradient; twin of `deft_kernels.rows`."""
+"""From a row's state to its loss and the coefficients of its gradient, as `pytorch/finish.py` does."""
 
 import triton
 import triton.language as tl
@@ -101,7 +101,7 @@ def finish_row(
         loss += z_loss * lse * lse
         d_lse += 2.0 * z_loss * lse
 
-    # dL/dz_j = p (a + b p + c (z_j - lse)) - g [j = y], a = g + rest; see `formulas.coefficients`.
+    # dL/dz_j = p (a + b p + c (z_j - lse)) - g [j = y], a = g + rest; see `coefficients` there.
     g = -d_logp
     rest = d_lse
     b = 0.0

@@ -1,5 +1,5 @@
-"""Launchers: the functions of `deft_kernels.blocked`, by way of the kernels. Outputs are given, not made,
-except for the buffers of [N] numbers between launches. Nothing here waits for the device.
+"""The functions of `pytorch/backend.py`, by way of the kernels. Outputs are given, not made, except for the
+buffers of [N] numbers between launches. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import torch
 import triton
 from torch import Tensor
 
+from ..backends.states import state_size
 from ..core.groups import batch_mean
 from ..core.spec import Spec
 from ..core.statistics import Field
-from ..states import state_size
 from . import objectives, table
 from .batch_kernels import mean_scale_kernel, weighted_total_kernel
 from .call import (
@@ -49,7 +49,7 @@ SLICE_TURNS = 8  # columns of a gradient program, in turns of two tiles: long en
 def row_loss(
     logits: Tensor, labels: Tensor, class_weight: Tensor | None, ignore_index: int, spec: Spec
 ) -> tuple[Tensor, Tensor]:
-    """As `blocked.row_loss`."""
+    """As `pytorch.backend.row_loss`."""
     call = Call(logits, labels, class_weight, spec)
     rows, loss = call.buffers()
     splits = _splits(call)
@@ -65,7 +65,7 @@ def row_loss(
 def row_states(
     logits: Tensor, labels: Tensor, class_weight: Tensor | None, ignore_index: int, spec: Spec
 ) -> Tensor:
-    """As `blocked.row_states`."""
+    """As `pytorch.backend.row_states`."""
     call = Call(logits, labels, class_weight, spec)
     states = _reduce(call, ignore_index, _splits(call), travels=True)
     splits = states.shape[1]
@@ -90,7 +90,7 @@ def states_loss(
     ignore_index: int,
     spec: Spec,
 ) -> tuple[Tensor, Tensor]:
-    """As `blocked.states_loss`."""
+    """As `pytorch.backend.states_loss`."""
     call = Call(states, labels, class_weight, spec)
     call.vocabulary = vocabulary
     rows, loss = call.buffers()
@@ -182,7 +182,7 @@ def row_loss_with_gradient(
     spec: Spec,
     out: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """As `blocked.row_loss_with_gradient`."""
+    """As `pytorch.backend.row_loss_with_gradient`."""
     call = Call(logits, labels, class_weight, spec)
     rows, loss = call.buffers()
     if call.count == 0:
@@ -234,7 +234,7 @@ def gradient(
     out: Tensor,
     upstream: Tensor | None = None,
 ) -> None:
-    """As `blocked.gradient`; with `upstream` [1] nothing is written when it is 1, else dloss is scaled."""
+    """As `pytorch.backend.gradient`; with `upstream` [1] nothing is written where it is 1, else it scales."""
     call = Call(logits, labels, class_weight, spec)
     if call.count == 0:
         return

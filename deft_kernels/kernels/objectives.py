@@ -1,4 +1,4 @@
-"""The objectives on the device: twins of `deft_kernels.formulas`, one function a focus and one a family.
+"""The objectives on the device, as in `pytorch/objectives.py`: one function a focus and one a family.
 
 A focus returns (alpha, slope), slope being the derivative of alpha by the statistic it comes from (by logp
 for `cayley` and `prob`). A family returns (loss, gate, d_alpha). Kernels take both as constexpr arguments.

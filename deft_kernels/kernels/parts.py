@@ -1,5 +1,5 @@
 """A row's states in memory, one for each of its parts: slices of a split row, or ranks. The numbers of a
-state are those of `deft_kernels.states`; its offset follows from its peak."""
+state are those of `backends/states.py`; its offset follows from its peak."""
 
 import triton
 import triton.language as tl

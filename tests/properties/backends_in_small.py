@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+from deft_kernels.backends.choice.choice import interpreted
 
-from deft_kernels import block
-from deft_kernels.backends import interpreted
+from deft_kernels.backends.pytorch import block
 
 
 @contextmanager

@@ -10,12 +10,11 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .core.statistics import Field, Fields
-from .objectives import Objective
+from ...core.statistics import Field, Fields
+from ...objectives import Objective
 
 LN2 = math.log(2.0)
 ALPHA_MIN, ALPHA_MAX = 0.001, 1.0
@@ -31,12 +30,6 @@ class Evaluation(NamedTuple):
     d_collision: Tensor | None = None
     d_entropy: Tensor | None = None
     d_max_prob: Tensor | None = None
-
-
-def log2_scale(temperature: float, dtype: torch.dtype = torch.float32) -> float:
-    """k = log2(e) / temperature as the dtype of the passes holds it; no tensor, no device, no waiting."""
-    k = 1.0 / LN2 / temperature
-    return k if dtype == torch.float64 else float(np.float32(k))
 
 
 def outside_band(objective: Objective, p: Tensor) -> Tensor:

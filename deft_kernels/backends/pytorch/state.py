@@ -1,15 +1,4 @@
-"""The state of a row's softmax over a part of the vocabulary, and how the states of all parts become one.
-
-With x_j = k z_j - offset, k = log2(e) / temperature, and offset = k max z_j rounded (at least -2^28):
-
-    0 peak = max z_j    1 s = sum 2^x_j    2 u = sum 2^(2 x_j)    3 t = sum 2^x_j x_j    4 target = z_y
-
-then, where they are asked for, the sum of w_j z_j (label smoothing), how many columns hold the peak (exact
-gradients through max p), and 1 + the first of these columns (statistics). s, u and t run over all columns but
-one largest, which the peak stands for: a sum that holds its 1 has lost the digits of a confident row. The
-offset follows from the peak and is no part of the state. Of a part without the target z_y is -inf, which is
-also its value in the identity (-inf, 0, 0, 0, -inf). The kernels' twin is `kernels/state.py`.
-"""
+"""How the states of all parts of a vocabulary (see `backends/states.py`) become one, and then statistics."""
 
 from __future__ import annotations
 
@@ -18,24 +7,12 @@ import math
 import torch
 from torch import Tensor
 
-from .core.spec import Spec
-from .core.statistics import Field, Fields
-from .formulas import LN2
+from ...core.spec import Spec
+from ...core.statistics import Field, Fields
+from .objectives import LN2
 
 # Offsets beyond are rounded by more than 2^x can bear, see `kernels.device`.
 LARGEST_OFFSET = 2.0**28
-
-
-def state_size(spec: Spec) -> int:
-    """Numbers in a state: 5, and one more each for label smoothing, exact max p and statistics."""
-    return 5 + (spec.label_smoothing > 0) + spec.peaks + spec.statistics
-
-
-def identity(count: int, spec: Spec, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """States [count, size] of a part of the vocabulary without a single column."""
-    states = torch.zeros(count, state_size(spec), dtype=dtype, device=like.device)
-    states[:, 0] = states[:, 4] = -math.inf
-    return states
 
 
 def offset_of(peak: Tensor, k: float) -> Tensor:

@@ -14,13 +14,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ...core.groups import batch_mean
+from ...core.spec import Spec, log2_scale
+from ...core.statistics import Field, Fields, pack, unpack
+from ..states import state_size
 from .block import Block
-from .core.groups import batch_mean
-from .core.spec import Spec
-from .core.statistics import Field, Fields, pack, unpack
-from .formulas import log2_scale
-from .rows import finish
-from .states import combine, state_size
+from .finish import finish
+from .state import combine
 
 
 def matrices(*tensors: Tensor) -> Iterator[list[Tensor]]:

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from .core.spec import Spec
-from .core.statistics import Field, Fields, pack, unpack
-from .formulas import coefficients, evaluate, outside_band
+from ...core.spec import Spec
+from ...core.statistics import Field, Fields, pack, unpack
+from .objectives import coefficients, evaluate, outside_band
 
 
 def finish(

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .core.agreement import gathered
-from .core.groups import Shard
-from .core.spec import Spec
+from ..core.agreement import gathered
+from ..core.groups import Shard
+from ..core.spec import Spec
 from .states import identity
 
 
 class Sharded:
-    """`backend`: a module with the functions of `blocked`, whose docstrings also say what these do."""
+    """`backend`: whose functions these stand for; `pytorch/backend.py` says what they do."""
 
     def __init__(self, backend: Any, shard: Shard):
         self.backend, self.shard = backend, shard

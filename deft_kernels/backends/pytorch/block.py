@@ -7,10 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from .core.spec import Spec
-from .core.statistics import Field, Fields
-from .formulas import log2_scale
-from .states import LARGEST_OFFSET, bounded, offset_of, statistics_of
+from ...core.spec import Spec, log2_scale
+from ...core.statistics import Field, Fields
+from .state import LARGEST_OFFSET, bounded, offset_of, statistics_of
 
 # Elements in a block: one fp32 buffer of 8 MiB, or where passes need two (the
 # entropy, soft-capped logits, exact gates) two of 4 MiB. Ratios to F.cross_entropy for 2^19 to 2^21 are in
