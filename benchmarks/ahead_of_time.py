@@ -15,9 +15,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from deft_kernels import objectives
+from deft_kernels.backends.triton import kernels, launch, tuning
+from deft_kernels.backends.triton.arithmetic import GENERIC, PTX
 from deft_kernels.core.spec import Spec
-from deft_kernels.kernels import call, row_kernels, table
-from deft_kernels.kernels.device import GENERIC, PTX
 
 TARGETS = {
     "80": GPUTarget("cuda", 80, 32),
@@ -82,20 +82,20 @@ def source(variant: Variant) -> tuple[ASTSource, dict[str, Any]]:
     warp = 64 if hip else 32
     vocabulary = 1 if "ones" in options else VOCABULARY
     if variant.kernel == "gradient":
-        plan = table.gradient(vocabulary, itemsize, warp)
+        plan = tuning.gradient(vocabulary, itemsize, warp)
     elif variant.kernel == "fused":
-        plan = table.fused(vocabulary, itemsize, call.lean(spec), warp)
+        plan = tuning.fused(vocabulary, itemsize, launch.lean(spec), warp)
     else:
-        plan = table.statistics(vocabulary, itemsize, spec.needs_entropy, warp)
+        plan = tuning.statistics(vocabulary, itemsize, spec.needs_entropy, warp)
     kernel = {
-        "statistics": row_kernels.statistics_kernel,
-        "statistics-stored": row_kernels.statistics_kernel,
-        "combine": row_kernels.combine_kernel,
-        "finish": row_kernels.finish_kernel,
-        "gradient": row_kernels.gradient_kernel,
-        "fused": row_kernels.fused_kernel,
+        "statistics": kernels.statistics_kernel,
+        "statistics-stored": kernels.statistics_kernel,
+        "combine": kernels.combine_kernel,
+        "finish": kernels.finish_kernel,
+        "gradient": kernels.gradient_kernel,
+        "fused": kernels.fused_kernel,
     }[variant.kernel]
-    constants: dict[str, Any] = dict(call.objective_constants(spec))
+    constants: dict[str, Any] = dict(launch.objective_constants(spec))
     constants |= {
         "WEIGHTED": "weights" in options,
         "SOFTCAP": spec.softcap > 0,
@@ -141,7 +141,7 @@ def source(variant: Variant) -> tuple[ASTSource, dict[str, Any]]:
                 attributes[(index,)] = [["tt.divisibility", 16]]
         elif name == "inner" or (name in integers - {"vocabulary"} and "ones" in options):
             # Triton specialises on an integer that is 1; `inner` is for ordinary rows, all are at N = V = 1
-            # but the vocabulary (see `call.kernel_for`).
+            # but the vocabulary (see `launch.kernel_for`).
             signature[name] = "constexpr"
             constexprs[(index,)] = 1
         elif name in integers:
@@ -151,7 +151,9 @@ def source(variant: Variant) -> tuple[ASTSource, dict[str, Any]]:
         else:
             signature[name] = "fp32"
     compiled = ASTSource(kernel, signature=signature, constexprs=constexprs, attrs=attributes)
-    chosen = call.options(constants["MODE"], call.wide(spec, reduces=variant.kernel.startswith("statistics")))
+    chosen = launch.options(
+        constants["MODE"], launch.wide(spec, reduces=variant.kernel.startswith("statistics"))
+    )
     return compiled, {"num_warps": 1 if variant.kernel in ("combine", "finish") else plan.num_warps, **chosen}
 
 

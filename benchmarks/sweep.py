@@ -3,7 +3,7 @@
     python benchmarks/sweep.py --out sweep.json
     python benchmarks/sweep.py --kernel fused --shapes 4096x128256
 
-Prints, for every kernel and shape, the candidates in order and an entry for `deft_kernels/kernels/table.py`
+Prints, for every kernel and shape, the candidates in order and an entry for `backends/triton/tuning.py`
 that names its measurement. Candidates are compiled first, by as many processes as there are cores. With
 TRITON_INTERPRET=1 the kernels run in the interpreter on a few numbers, which tests this script and measures
 nothing: no entry is printed.
@@ -29,9 +29,10 @@ from measure import Case, Inputs, Loss, compare
 
 from deft_kernels import objectives
 from deft_kernels.backends import choice
+from deft_kernels.backends.triton import backend as triton_backend
+from deft_kernels.backends.triton import tuning
+from deft_kernels.backends.triton.launch import lean
 from deft_kernels.core.spec import Spec
-from deft_kernels.kernels import launch, table
-from deft_kernels.kernels.call import lean
 
 DRY = choice.interpreted()
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -46,7 +47,7 @@ FEW = 16
 class Candidate:
     """plan: of the kernel's table; slices: turns of a gradient program; splits: programs a row."""
 
-    plan: table.Launch
+    plan: tuning.Launch
     slices: int | None = None
     splits: int | None = None
 
@@ -64,19 +65,19 @@ def candidates(kernel: str, rows: int, itemsize: int, processors: int) -> list[C
     off_on = (False, True)
     if kernel == "gradient":
         return [
-            Candidate(table.Launch(w, width), slices=s) for w in warps[:4] for s in (4, 8, 16)[-len(warps) :]
+            Candidate(tuning.Launch(w, width), slices=s) for w in warps[:4] for s in (4, 8, 16)[-len(warps) :]
         ]
     if kernel == "statistics, gradient":
-        return [Candidate(table.Launch(w, width), slices=8, splits=1) for w in warps[2:4] or warps]
+        return [Candidate(tuning.Launch(w, width), slices=8, splits=1) for w in warps[2:4] or warps]
     if kernel.startswith("fused"):
         return [
-            Candidate(table.Launch(w, width, tail=True, near=near))
+            Candidate(tuning.Launch(w, width, tail=True, near=near))
             for w in warps[2:] or warps
             for near in off_on
         ]
     splits = (1,) if rows >= 2 * processors else (1, 2) if DRY else (1, 2, 4, 8, 16, 32, 64)
     return [
-        Candidate(table.Launch(w, width, tail=tail), splits=s)
+        Candidate(tuning.Launch(w, width, tail=tail), splits=s)
         for w in warps[1:4]
         for s in splits
         for tail in off_on
@@ -91,17 +92,17 @@ def table_of(kernel: str) -> str:
 def launched(kernel: str, candidate: Candidate) -> Iterator[None]:
     """The launchers as if the table held the candidate for this kernel."""
     name = table_of(kernel)
-    kept = (getattr(table, name), table.splits, launch.SLICE_TURNS)
-    setattr(table, name, lambda vocabulary, itemsize, *rest: replace(candidate.plan, warp=rest[-1]))
+    kept = (getattr(tuning, name), tuning.splits, triton_backend.SLICE_TURNS)
+    setattr(tuning, name, lambda vocabulary, itemsize, *rest: replace(candidate.plan, warp=rest[-1]))
     if candidate.splits is not None:
-        table.splits = lambda *_: candidate.splits
+        tuning.splits = lambda *_: candidate.splits
     if candidate.slices is not None:
-        launch.SLICE_TURNS = candidate.slices
+        triton_backend.SLICE_TURNS = candidate.slices
     try:
         yield
     finally:
-        setattr(table, name, kept[0])
-        table.splits, launch.SLICE_TURNS = kept[1:]
+        setattr(tuning, name, kept[0])
+        tuning.splits, triton_backend.SLICE_TURNS = kept[1:]
 
 
 def run_of(kernel: str, candidate: Candidate, case: Case, objective: str, device: torch.device) -> Loss:
@@ -120,13 +121,13 @@ def run_of(kernel: str, candidate: Candidate, case: Case, objective: str, device
         logits = logits.detach()
         with launched(kernel, candidate):
             if kernel == "statistics":
-                return launch.row_loss(logits, labels, None, -100, spec)[0]
+                return triton_backend.row_loss(logits, labels, None, -100, spec)[0]
             if kernel.startswith("fused"):
                 out = logits if kernel == "fused" else out_for(logits)
-                return launch.row_loss_with_gradient(logits, labels, dloss, None, -100, spec, out)[0]
+                return triton_backend.row_loss_with_gradient(logits, labels, dloss, None, -100, spec, out)[0]
             if "rows" not in known or kernel == "statistics, gradient":
-                known["rows"] = launch.row_loss(logits, labels, None, -100, spec)[1]
-            launch.gradient(logits, labels, None, known["rows"], dloss, spec, out_for(logits))
+                known["rows"] = triton_backend.row_loss(logits, labels, None, -100, spec)[1]
+            triton_backend.gradient(logits, labels, None, known["rows"], dloss, spec, out_for(logits))
             return known["out"]
 
     return run
@@ -150,7 +151,7 @@ def entrants(kernel: str, case: Case, objective: str, device: torch.device) -> d
     row = (case.vocabulary, case.dtype.itemsize)
     spec = Spec(OBJECTIVES[objective], backend="triton")
     further = {"statistics": (spec.needs_entropy,), "gradient": (), "fused": (lean(spec),)}[table_of(kernel)]
-    own = Candidate(getattr(table, table_of(kernel))(*row, *further))
+    own = Candidate(getattr(tuning, table_of(kernel))(*row, *further))
     processors = 1 if DRY else torch.cuda.get_device_properties(device).multi_processor_count
     found = {str(c): c for c in candidates(kernel, case.n, case.dtype.itemsize, processors)}
     return {f"table: {own}": own} | found

@@ -56,9 +56,9 @@ def loss_with_gradient(
 
 def mean_scale(labels: Tensor, ignore_index: int) -> Tensor:
     """1 over the number of rows that count, [N] with stride 0, by one launch."""
-    from .kernels import launch
+    from .backends.triton import backend as triton_backend
 
-    return launch.mean_scale(labels, ignore_index)
+    return triton_backend.mean_scale(labels, ignore_index)
 
 
 def mean_loss(logits: Tensor, labels: Tensor, ignore_index: int, spec: Spec) -> tuple[Tensor, Tensor]:

@@ -227,9 +227,9 @@ def scale_(gradient: Tensor, upstream: Tensor, backend: str, kept: Optional[Tens
     if gradient.numel() == 0:
         return
     if backend == "triton":
-        from .kernels import launch
+        from .backends.triton import backend as triton_backend
 
-        launch.scale(gradient, upstream, kept)
+        triton_backend.scale(gradient, upstream, kept)
     else:
         pytorch_backend.scale(gradient, upstream, kept)
 

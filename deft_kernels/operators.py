@@ -29,9 +29,9 @@ from .core.statistics import Field
 def implementation(spec: Spec) -> Any:
     backend: Any = pytorch_backend
     if spec.backend == "triton":
-        from .kernels import launch
+        from .backends.triton import backend as triton_backend
 
-        backend = launch
+        backend = triton_backend
     return backend if spec.shard is None else Sharded(backend, spec.shard)
 
 
@@ -55,9 +55,9 @@ def check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
 def weighted_total(loss: Tensor, row_scale: Tensor, rows: Tensor, spec: Spec) -> Tensor:
     """sum_i row_scale_i loss_i over the rows that are kept; a scale of NaN or inf elsewhere is not met."""
     if spec.backend == "triton":
-        from .kernels import launch
+        from .backends.triton import backend as triton_backend
 
-        return launch.weighted_total(loss, row_scale, rows)
+        return triton_backend.weighted_total(loss, row_scale, rows)
     return torch.where(rows[Field.KEPT] != 0, loss * row_scale, 0.0).sum()
 
 

@@ -62,12 +62,12 @@ def test_functions_and_operators_agree(mode, backend, device):
 @pytest.mark.parametrize("count", [0, 1, 4095, 4096, 4097, 9000])
 def test_the_kernels_of_the_batch(count, device):
     """They take 4,096 rows at a time. Rows that are not kept hold what would show."""
-    from deft_kernels.kernels import launch
+    from deft_kernels.backends.triton import backend as triton_backend
 
     labels = torch.randint(0, 3, (count,), device=device)
     labels[::3] = -100
     kept = labels != -100
-    scale = launch.mean_scale(labels, -100)
+    scale = triton_backend.mean_scale(labels, -100)
     assert scale.shape == (count,)
     if count:
         assert scale[0] == 1.0 / kept.sum().clamp(min=1).float()
@@ -76,9 +76,9 @@ def test_the_kernels_of_the_batch(count, device):
     loss = torch.rand(count, device=device)
     row_scale = torch.rand(count, device=device).masked_fill(~kept, torch.inf)
     expected = (loss.double() * row_scale.double())[kept].sum()
-    total = launch.weighted_total(loss, row_scale, rows)
+    total = triton_backend.weighted_total(loss, row_scale, rows)
     torch.testing.assert_close(total.double(), expected, rtol=1e-6, atol=0.0)
-    mean = launch.weighted_total(loss, scale, rows)
+    mean = triton_backend.weighted_total(loss, scale, rows)
     expected = loss.double()[kept].sum() / kept.sum().clamp(min=1)
     torch.testing.assert_close(mean.double(), expected, rtol=1e-6, atol=0.0)
 

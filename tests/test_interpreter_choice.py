@@ -43,7 +43,7 @@ LATE = 'backend: "triton" cannot run here: TRITON_INTERPRET was set after Triton
     [
         (f"import deft_kernels\n{SET}", None, "ran"),
         (f"import triton\n{SET}", None, LATE),
-        (f"import deft_kernels.kernels.launch\n{SET}", None, LATE),
+        (f"import deft_kernels.backends.triton.backend\n{SET}", None, LATE),
         ('import triton\nos.environ.pop("TRITON_INTERPRET")', "1", 'backend: "triton" cannot run here'),
     ],
     ids=["after the package", "after Triton", "after the kernels", "taken away"],

@@ -21,11 +21,12 @@ from ptx.reports import Fault
 from rows import gradient_excess, make
 
 from deft_kernels import deft_loss, objectives
-from deft_kernels.kernels import launch, table
-from deft_kernels.kernels.table import Launch
+from deft_kernels.backends.triton import backend as triton_backend
+from deft_kernels.backends.triton import tuning
+from deft_kernels.backends.triton.tuning import Launch
 
 KERNELS = ("statistics", "combine", "finish", "gradient", "fused", "scale")
-SOURCE = Path(launch.__file__).parent
+SOURCE = Path(triton_backend.__file__).parent
 NUMBER = itertools.count()
 
 pytestmark = pytest.mark.skipif(emulation.emulator() is None, reason="a mutant on a GPU may do harm")
@@ -53,11 +54,13 @@ def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str
             if path.name == file:
                 assert old in text, f"{old!r} is no longer in {file}"
                 text = text.replace(old, new)
-            (tmp_path / package / path.name).write_text(text.replace("from ..", "from deft_kernels."))
+            (tmp_path / package / path.name).write_text(
+                OUTSIDE.sub(lambda m: f"from deft_kernels.{'backends.' if len(m[1]) == 2 else ''}", text)
+            )
         monkeypatch.syspath_prepend(str(tmp_path))
-        module = importlib.import_module(f"{package}.row_kernels")
+        module = importlib.import_module(f"{package}.kernels")
         for name in KERNELS:
-            monkeypatch.setattr(launch, f"{name}_kernel", getattr(module, f"{name}_kernel"))
+            monkeypatch.setattr(triton_backend, f"{name}_kernel", getattr(module, f"{name}_kernel"))
         for name in [n for n in sys.modules if n.startswith(package)]:
             monkeypatch.delitem(sys.modules, name)
 
@@ -92,8 +95,8 @@ def test_without_a_mutant_all_is_well() -> None:
 
 # Rows of 1,801 columns: edges off a boundary, a turn of four tiles of 256, three masked tiles, nine columns.
 MASKS = [
-    ("sweep.py", "    inside = columns < stop", "    inside = columns <= stop"),
-    ("sweep.py", "while first + 2 * TILE <= last:", "while first + TILE <= last:"),
+    ("gradient.py", "    inside = columns < stop", "    inside = columns <= stop"),
+    ("gradient.py", "while first + 2 * TILE <= last:", "while first + TILE <= last:"),
     ("state.py", "(columns >= start) & (columns < stop)", "(columns >= start) & (columns <= stop)"),
     ("state.py", "while first + 4 * TILE <= last:", "while first + 3 * TILE <= last:"),
     ("edges.py", "head = tl.where(start + lane < first,", "head = tl.where(start + lane <= first,"),
@@ -133,7 +136,7 @@ def test_a_mask_off_by_one(mask: tuple[str, str, str], in_forward: bool, plant: 
 )
 def test_swapped_halves(old: str, new: str, objective: Any, plant: Callable[..., None]) -> None:
     """Inline assembly that takes the two bf16 of a register for one another."""
-    plant("device.py", old, new)
+    plant("arithmetic.py", old, new)
     assert not run(objective) <= 10.0
     reports()
 
@@ -141,7 +144,7 @@ def test_swapped_halves(old: str, new: str, objective: Any, plant: Callable[...,
 def test_a_wrong_claim_of_alignment(plant: Callable[..., None]) -> None:
     """A column off a boundary, said to lie on one: a load of 16 bytes there would fault."""
     right, wrong = (f"tl.multiple_of(offset - {lead}, WIDTH), {lead}" for lead in ("lead", "lead // 2"))
-    plant("row_kernels.py", right, wrong)
+    plant("kernels.py", right, wrong)
     with pytest.raises(Fault, match="misaligned global access"):
         run()
     assert "misaligned" in reports()
@@ -152,7 +155,7 @@ def test_peeling_rows_that_lie_otherwise(monkeypatch: pytest.MonkeyPatch) -> Non
     z, y = make("plain", 3, 1281, torch.bfloat16)
     view = torch.zeros(3 * 1290, dtype=torch.bfloat16).as_strided((3, 1281), (1290, 1))
     view.copy_(z)
-    monkeypatch.setattr(launch, "peel", lambda *_: True)
+    monkeypatch.setattr(triton_backend, "peel", lambda *_: True)
     with pytest.raises(Fault, match="misaligned global access"):
         deft_loss(view.requires_grad_(), y, backend="triton").backward()
     assert "misaligned" in reports()
@@ -179,7 +182,7 @@ SPARE = {
     "standard.py": 2,
     # With several warps the reductions' own barriers come after the last read of the logits. With one warp
     # there are none, and this one is needed.
-    "row_kernels.py": 1,
+    "kernels.py": 1,
 }
 
 
@@ -189,7 +192,7 @@ def test_barriers_are_missed(name: str, warps: int, monkeypatch: pytest.MonkeyPa
     """Each barrier of each kernel of a call, taken out alone, is reported as a race; but for the spare
     ones."""
     for plan in ("statistics", "gradient", "fused"):
-        monkeypatch.setattr(table, plan, lambda _, itemsize, *rest: Launch(warps, 16 // itemsize, rest[-1]))
+        monkeypatch.setattr(tuning, plan, lambda _, itemsize, *rest: Launch(warps, 16 // itemsize, rest[-1]))
     emulator = emulation.emulator()
     assert emulator is not None
     run(vocabulary=3001, **CALLS[name])

@@ -11,8 +11,8 @@ from rows import gradient_excess, loss_excess, make
 from torch import Tensor
 
 from deft_kernels import deft_loss, objectives
-from deft_kernels.kernels import call, table
-from deft_kernels.kernels.table import Launch
+from deft_kernels.backends.triton import launch, tuning
+from deft_kernels.backends.triton.tuning import Launch
 from deft_kernels.objectives import Objective
 
 
@@ -44,8 +44,8 @@ def test_split_rows_reach_the_main_loop(
     splits: int, name: str, dtype: torch.dtype, kind: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Slices of a head tile, turns of four, and a tail: five tiles at least, with one warp."""
-    monkeypatch.setattr(table, "splits", lambda *_: splits)
-    monkeypatch.setattr(table, "statistics", lambda _, itemsize, *rest: Launch(1, 16 // itemsize, rest[-1]))
+    monkeypatch.setattr(tuning, "splits", lambda *_: splits)
+    monkeypatch.setattr(tuning, "statistics", lambda _, itemsize, *rest: Launch(1, 16 // itemsize, rest[-1]))
     tile = 32 * 16 // dtype.itemsize
     z, y = make(kind, 2, splits * 10 * tile + 13, dtype)
     check(z.to(device), y.to(device), name, reduction="none")
@@ -93,7 +93,7 @@ def test_softcap_in_place(
 ) -> None:
     """The target's logit is needed at the end, when its column was overwritten."""
     for name in ("statistics", "gradient", "fused"):
-        monkeypatch.setattr(table, name, lambda _, itemsize, *rest: Launch(warps, 16 // itemsize, rest[-1]))
+        monkeypatch.setattr(tuning, name, lambda _, itemsize, *rest: Launch(warps, 16 // itemsize, rest[-1]))
     z, y = make("plain", 3, 1531, dtype)
     check(z.to(device), y.to(device), softcap=9.0, inplace=True, grad_in_forward=in_forward)
 
@@ -115,9 +115,9 @@ def test_no_peeling_where_the_base_is_off_a_boundary() -> None:
     """Rows that lie alike, the first of them off: peeling would gain nothing, as no load gets wide."""
     storage = torch.zeros(4 + 3 * 1289, dtype=torch.bfloat16)
     strides = ((1289, 0), (1289, 0))
-    assert call.peel(8, (storage, storage), strides)
-    assert not call.peel(8, (storage[4:], storage[4:]), strides)
-    assert not call.peel(8, (storage, storage[4:]), strides)
+    assert launch.peel(8, (storage, storage), strides)
+    assert not launch.peel(8, (storage[4:], storage[4:]), strides)
+    assert not launch.peel(8, (storage, storage[4:]), strides)
 
 
 @pytest.mark.parametrize("in_forward", [False, True])

@@ -15,8 +15,8 @@ from rows import gradient_excess, loss_excess, make
 from torch import Tensor
 
 from deft_kernels import deft_loss, objectives
-from deft_kernels.kernels import table
-from deft_kernels.kernels.table import Launch
+from deft_kernels.backends.triton import tuning
+from deft_kernels.backends.triton.tuning import Launch
 
 pytestmark = pytest.mark.skipif(emulation.emulator() is None, reason="a GPU has one schedule, its own")
 
@@ -44,7 +44,7 @@ def set_to(**settings: Any) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _four_warps(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("statistics", "gradient", "fused"):
-        monkeypatch.setattr(table, name, lambda _, itemsize, *rest: Launch(4, 16 // itemsize, rest[-1]))
+        monkeypatch.setattr(tuning, name, lambda _, itemsize, *rest: Launch(4, 16 // itemsize, rest[-1]))
 
 
 def run(z: Tensor, y: Tensor, **keywords: Any) -> tuple[Tensor, Tensor]:
@@ -59,7 +59,7 @@ def run(z: Tensor, y: Tensor, **keywords: Any) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("call", CALLS)
 def test_to_the_bit_in_every_order(call: str, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table, "splits", lambda *_: splits)
+    monkeypatch.setattr(tuning, "splits", lambda *_: splits)
     z, y = make("plain", 5, 6001, torch.bfloat16)
     with set_to(order="lockstep"):
         expected = run(z, y, **CALLS[call])

@@ -11,8 +11,8 @@ from rows import gradient_excess, loss_excess, make
 from torch import Tensor
 
 from deft_kernels import deft_loss, objectives, row_statistics
-from deft_kernels.kernels import call, table
-from deft_kernels.kernels.table import Launch
+from deft_kernels.backends.triton import launch, tuning
+from deft_kernels.backends.triton.tuning import Launch
 
 # With one warp of bf16 a tile is 256 columns and a turn of the statistics loop 1,024: 3,333 columns are a few
 # at the edges, three turns, and a tail of two tiles.
@@ -46,7 +46,7 @@ def check(z: Tensor, y: Tensor, objective: objectives.Objective | str = "deft", 
 @pytest.mark.parametrize("name", ["deft", "eaft", "cayley"])
 def test_split_rows(name: str, kind: str, splits: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Slices of a row reduced by programs of their own and combined; 8 asks for more than there are."""
-    monkeypatch.setattr(table, "splits", lambda *_: splits)
+    monkeypatch.setattr(tuning, "splits", lambda *_: splits)
     z, y = make(kind, 3, VOCABULARY, torch.bfloat16)
     check(z.to(device), y.to(device), name, reduction="none")
 
@@ -55,13 +55,13 @@ def test_splits_fill_the_device() -> None:
     """Enough programs for few rows, one a row for many, never a slice without work."""
     for rows in (1, 7, 64, 263, 264, 5000):
         for vocabulary in (1, 1000, 32000, 262144):
-            tile = table.statistics(vocabulary, 2, entropy=False).tile
-            splits = table.splits(rows, vocabulary, tile, processors=132)
+            tile = tuning.statistics(vocabulary, 2, entropy=False).tile
+            splits = tuning.splits(rows, vocabulary, tile, processors=132)
             assert splits >= 1
             assert splits == 1 or vocabulary // splits >= tile
             if rows >= 264:
                 assert splits == 1
-    assert table.splits(8, 262144, table.statistics(262144, 2, entropy=False).tile, 132) > 1
+    assert tuning.splits(8, 262144, tuning.statistics(262144, 2, entropy=False).tile, 132) > 1
 
 
 @pytest.mark.parametrize("warps", [1, 2, 4])
@@ -72,7 +72,7 @@ def test_every_width_of_program(
 ) -> None:
     """One to four warps over the same rows: many turns, few turns, none."""
     for name in ("statistics", "gradient", "fused"):
-        monkeypatch.setattr(table, name, lambda _, itemsize, *rest: Launch(warps, 16 // itemsize, rest[-1]))
+        monkeypatch.setattr(tuning, name, lambda _, itemsize, *rest: Launch(warps, 16 // itemsize, rest[-1]))
     z, y = make("plain", 3, VOCABULARY, dtype)
     check(z.to(device), y.to(device), grad_in_forward=in_forward)
 
@@ -118,9 +118,9 @@ def test_peeling_needs_rows_that_lie_alike() -> None:
     """A hint of alignment that is wrong for one of two tensors would fault on a GPU."""
 
     def peel(logits: Tensor, out: Tensor) -> bool:
-        inner, *own = call.strides_of(logits)
-        strides = ((own[0], own[1]), call.out_strides_of(out, inner))
-        return call.peel(8, (logits, out), strides)
+        inner, *own = launch.strides_of(logits)
+        strides = ((own[0], own[1]), launch.out_strides_of(out, inner))
+        return launch.peel(8, (logits, out), strides)
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.bfloat16)

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from deft_kernels import RowStatistics, deft_loss, fused_linear_deft_loss, objectives, row_statistics
 from deft_kernels.backends.states import state_size
+from deft_kernels.backends.triton import tuning
+from deft_kernels.backends.triton.tuning import Launch
 from deft_kernels.core import statistics
 from deft_kernels.core.spec import Spec
 from deft_kernels.core.statistics import Field, predicted_classes
-from deft_kernels.kernels import table
-from deft_kernels.kernels.table import Launch
 from deft_kernels.operators import implementation
 
 BACKENDS = ("triton", "torch")
@@ -85,7 +85,7 @@ def test_ties_go_to_the_first(at: list[int], in_forward: bool, backend: str, dev
 @pytest.mark.parametrize("vocabulary", [21, 37, 270, 300])
 def test_ties_of_every_pair(vocabulary: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Edges, one tile or two: every column against some others, in one call of many rows."""
-    monkeypatch.setattr(table, "statistics", lambda *given: Launch(1, 8, given[-1]))
+    monkeypatch.setattr(tuning, "statistics", lambda *given: Launch(1, 8, given[-1]))
     generator = torch.Generator().manual_seed(vocabulary)
     pairs = torch.randint(0, vocabulary, (20, 2), generator=generator)
     z = torch.randn(20, vocabulary, generator=generator).clamp(max=2.0).bfloat16()
@@ -98,7 +98,7 @@ def test_ties_of_every_pair(vocabulary: int, device: str, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("at", [[3000], [3000, 5], [1700, 1601, 1600], list(range(100, 3333, 50))])
 def test_split_rows(splits: int, at: list[int], device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Slices of a row by programs of their own; ties inside of a slice and between them."""
-    monkeypatch.setattr(table, "splits", lambda *_: splits)
+    monkeypatch.setattr(tuning, "splits", lambda *_: splits)
     z, y = tied(at, VOCABULARY)
     assert predicted(z.to(device), y.to(device), "triton").item() == min(at)
     _, stats = deft_loss(z.to(device), y.to(device), objective="cayley", backend="triton", return_stats=True)

@@ -79,10 +79,10 @@ def test_identity_changes_nothing(name, backend, device):
 def test_a_split_part_is_one_state(name, device, monkeypatch):
     """Few rows: several programs reduce a part of the vocabulary, and their states become the one that is
     sent. The PyTorch backend has no splits; its state is what they are compared with."""
-    from deft_kernels.kernels import launch
+    from deft_kernels.backends.triton import backend as triton_backend
 
     logits, labels, spec = case(name, "triton", device)
-    monkeypatch.setattr(launch.table, "splits", lambda *_: 3)
+    monkeypatch.setattr(triton_backend.table, "splits", lambda *_: 3)
     split = parts(logits, labels, spec)[0]
     plain = pytorch_backend.row_states(
         logits[:, : WIDTHS[0]], labels.where(labels < WIDTHS[0], WIDTHS[0]), None, -100, spec

@@ -281,7 +281,7 @@ def test_no_host_synchronisation(keywords, device, monkeypatch):
         finally:
             torch.cuda.set_sync_debug_mode("default")
         return
-    from deft_kernels.kernels import launch
+    from deft_kernels.backends.triton import backend as triton_backend
 
     inside = []
 
@@ -307,8 +307,8 @@ def test_no_host_synchronisation(keywords, device, monkeypatch):
 
             return run
 
-    for name in [name for name in vars(launch) if name.endswith("_kernel")]:
-        monkeypatch.setattr(launch, name, Kernel(getattr(launch, name)))
+    for name in [name for name in vars(triton_backend) if name.endswith("_kernel")]:
+        monkeypatch.setattr(triton_backend, name, Kernel(getattr(triton_backend, name)))
     for name in (
         "item",
         "tolist",

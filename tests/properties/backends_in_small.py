@@ -19,16 +19,17 @@ def small(backend: str, rows: int, vocabulary: int, seed: int) -> Iterator[None]
             patch.setattr(block, "BLOCK_ELEMENTS", 2 * rows * vocabulary)
             patch.setattr(block, "STRETCH", 5 + seed % 60)
         else:
-            from deft_kernels.kernels import launch, table
+            from deft_kernels.backends.triton import backend as triton_backend
+            from deft_kernels.backends.triton import tuning
 
-            def plan(_: int, itemsize: int, *rest: int) -> table.Launch:
+            def plan(_: int, itemsize: int, *rest: int) -> tuning.Launch:
                 # A warp of fewer threads is the interpreter's alone; the kernels want sixteen at least.
                 warp = 16 + 16 * (seed // 2 % 2) if interpreted() else rest[-1]
                 flags = {"tail": seed % 3 > 0, "near": seed % 5 > 2}
-                return table.Launch(1 + seed % 2, 16 // itemsize, warp, **flags)
+                return tuning.Launch(1 + seed % 2, 16 // itemsize, warp, **flags)
 
             for name in ("statistics", "gradient", "fused"):
-                patch.setattr(table, name, plan)
-            patch.setattr(table, "splits", lambda *_: rows)
-            patch.setattr(launch, "SLICE_TURNS", 1 + seed % 3)
+                patch.setattr(tuning, name, plan)
+            patch.setattr(tuning, "splits", lambda *_: rows)
+            patch.setattr(triton_backend, "SLICE_TURNS", 1 + seed % 3)
         yield

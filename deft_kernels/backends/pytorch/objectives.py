@@ -2,7 +2,7 @@
 
 Written out by hand rather than left to autograd: at small alpha the derivative through the gate is a
 difference of nearly equal numbers, and a target of probability 0 makes 0 * inf. The kernels' twin is
-`kernels/objectives.py`; the test oracle (`reference.py`) differentiates the plain formulas in float64.
+`triton/objectives.py`; the test oracle (`reference.py`) differentiates the plain formulas in float64.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from ...core.spec import Spec
 from ...core.statistics import Field, Fields
 from .objectives import LN2
 
-# Offsets beyond are rounded by more than 2^x can bear, see `kernels.device`.
+# Offsets beyond are rounded by more than 2^x can bear, see `triton/arithmetic.py`.
 LARGEST_OFFSET = 2.0**28
 
 

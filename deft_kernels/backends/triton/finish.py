@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .device import HIGHEST, LN2, expm1, fma, log1p
+from .arithmetic import HIGHEST, LN2, expm1, fma, log1p
 
 # Where the derivative by the focus index goes on to, when the gate is not held constant.
 HELD = tl.constexpr(0)

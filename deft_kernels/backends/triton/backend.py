@@ -11,13 +11,21 @@ import torch
 import triton
 from torch import Tensor
 
-from ..backends.states import state_size
-from ..core.groups import batch_mean
-from ..core.spec import Spec
-from ..core.statistics import Field
-from . import objectives, table
+from ...core.groups import batch_mean
+from ...core.spec import Spec
+from ...core.statistics import Field
+from ..states import state_size
+from . import objectives, tuning
 from .batch_kernels import mean_scale_kernel, weighted_total_kernel
-from .call import (
+from .kernels import (
+    combine_kernel,
+    finish_kernel,
+    fused_kernel,
+    gradient_kernel,
+    scale_kernel,
+    statistics_kernel,
+)
+from .launch import (
     Call,
     kernel_for,
     lean,
@@ -30,14 +38,6 @@ from .call import (
     strides_of,
     warp,
     wide,
-)
-from .row_kernels import (
-    combine_kernel,
-    finish_kernel,
-    fused_kernel,
-    gradient_kernel,
-    scale_kernel,
-    statistics_kernel,
 )
 
 # Programs a multiprocessor of a launch that mostly finds nothing to do, because the upstream is 1.
@@ -100,8 +100,8 @@ def states_loss(
 
 def _splits(call: Call) -> int:
     """Programs a row."""
-    plan = table.statistics(call.vocabulary, call.logits.element_size(), call.spec.needs_entropy, warp())
-    return table.splits(call.count, call.vocabulary, plan.tile, processors(call.device))
+    plan = tuning.statistics(call.vocabulary, call.logits.element_size(), call.spec.needs_entropy, warp())
+    return tuning.splits(call.count, call.vocabulary, plan.tile, processors(call.device))
 
 
 def _reduce(
@@ -114,7 +114,7 @@ def _reduce(
 ) -> Tensor:
     """Launch `statistics_kernel`: with splits to states [N, splits, size], without to the `outputs`."""
     spec, stored = call.spec, splits > 0
-    plan = table.statistics(call.vocabulary, call.logits.element_size(), call.spec.needs_entropy, warp())
+    plan = tuning.statistics(call.vocabulary, call.logits.element_size(), call.spec.needs_entropy, warp())
     span = call.vocabulary
     if stored:
         span = plan.tile * max(1, math.ceil(call.vocabulary / (plan.tile * splits)))
@@ -187,7 +187,7 @@ def row_loss_with_gradient(
     rows, loss = call.buffers()
     if call.count == 0:
         return loss, rows
-    plan = table.fused(call.vocabulary, logits.element_size(), lean(spec), warp())
+    plan = tuning.fused(call.vocabulary, logits.element_size(), lean(spec), warp())
     out_outer, out_inner = out_strides = out_strides_of(out, call.inner)
     kernel_for(fused_kernel, min(call.vocabulary, 2))[(call.count,)](
         logits, labels, call.class_weight, call.weight_total, rows, loss, row_scale, out,
@@ -238,7 +238,7 @@ def gradient(
     call = Call(logits, labels, class_weight, spec)
     if call.count == 0:
         return
-    plan = table.gradient(call.vocabulary, logits.element_size(), warp())
+    plan = tuning.gradient(call.vocabulary, logits.element_size(), warp())
     span = plan.tile * 2 * SLICE_TURNS
     out_outer, out_inner = out_strides = out_strides_of(out, call.inner)
     programs = call.count
@@ -285,7 +285,7 @@ def scale(gradient: Tensor, upstream: Tensor, kept: Tensor | None = None) -> Non
 
     kept: [N], 0 at rows to leave as they are.
     """
-    plan = table.gradient(gradient.shape[-1], gradient.element_size(), warp())
+    plan = tuning.gradient(gradient.shape[-1], gradient.element_size(), warp())
     inner, outer, stride = strides_of(gradient)
     rows = gradient.numel() // gradient.shape[-1]
     scale_kernel[(min(rows, RESCALING * processors(gradient.device)),)](

@@ -12,11 +12,11 @@ import torch
 import triton
 from torch import Tensor
 
-from ..backends.choice import interpreted
-from ..core.spec import Spec, log2_scale
-from ..core.statistics import Field
+from ...core.spec import Spec, log2_scale
+from ...core.statistics import Field
+from ..choice import interpreted
 from . import finish, objectives
-from .device import GENERIC, INTERPRETED, PTX
+from .arithmetic import GENERIC, INTERPRETED, PTX
 
 
 def mode() -> int:

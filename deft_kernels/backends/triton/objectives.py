@@ -7,7 +7,7 @@ for `cayley` and `prob`). A family returns (loss, gate, d_alpha). Kernels take b
 import triton
 import triton.language as tl
 
-from .device import expm1
+from .arithmetic import expm1
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .device import cap_slope, exp2, fma, narrowed, softcapped, widened
+from .arithmetic import cap_slope, exp2, fma, narrowed, softcapped, widened
 from .edges import edge_column, whole_loads
 
 

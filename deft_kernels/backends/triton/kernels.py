@@ -11,11 +11,11 @@ fused_kernel        all of it for a row in one launch
 import triton
 import triton.language as tl
 
-from .device import cap_slope, narrowed, softcapped
+from .arithmetic import cap_slope, narrowed, softcapped
 from .finish import BY_COLLISION, BY_ENTROPY, BY_MAX_PROB, finish_row, floor_of, store_ignored, weights_of
-from .parts import load_parts, store_state
+from .gradient import write_gradient, write_zeros
 from .state import count_ties, numbered, reduce_row
-from .sweep import write_gradient, write_zeros
+from .stored_states import load_parts, store_state
 
 
 @triton.jit

@@ -17,7 +17,7 @@ logits a load, and lanes meet once a row: no barrier and no shuffle in the loop.
 import triton
 import triton.language as tl
 
-from .device import INTERPRETED, LOWEST, MASKED_LOGIT, comparable, exp2, finite, fma, softcapped, widened
+from .arithmetic import INTERPRETED, LOWEST, MASKED_LOGIT, comparable, exp2, finite, fma, softcapped, widened
 from .edges import edge_column, whole_loads
 
 
