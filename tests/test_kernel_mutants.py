@@ -54,9 +54,7 @@ def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str
             if path.name == file:
                 assert old in text, f"{old!r} is no longer in {file}"
                 text = text.replace(old, new)
-            (tmp_path / package / path.name).write_text(
-                OUTSIDE.sub(lambda m: f"from deft_kernels.{'backends.' if len(m[1]) == 2 else ''}", text)
-            )
+            (tmp_path / package / path.name).write_text(text)
         monkeypatch.syspath_prepend(str(tmp_path))
         module = importlib.import_module(f"{package}.kernels")
         for name in KERNELS:
