@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
-from . import eager, objectives, operators, reference
+from . import objectives, reference
 from .backends import choice
 from .core import checks
 from .core.groups import VocabShard
@@ -20,6 +20,8 @@ from .core.statistics import Field, RowStatistics, detached, predicted_classes
 from .core.validation import in_step
 from .dtensors import is_dtensor, loss_of_dtensor, refuse_dtensors, statistics_of_dtensor
 from .objectives import Objective
+from .operators import functions
+from .operators import logits as logits_operators
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -210,9 +212,9 @@ def deft_loss(
     if forward and torch.is_grad_enabled() and logits.requires_grad:
         loss, rows = _loss_with_gradient(logits, flat, weighting, ignore_index, spec)
     elif _few_launches(logits, flat, weighting, spec) and not objective.has_band:
-        loss, rows = eager.mean_loss(logits, flat, ignore_index, spec)
+        loss, rows = functions.mean_loss(logits, flat, ignore_index, spec)
     else:
-        row_losses, rows = eager.row_loss(logits, flat, weight, ignore_index, spec)
+        row_losses, rows = functions.row_loss(logits, flat, weight, ignore_index, spec)
         loss = weighting.reduce(row_losses, rows[Field.KEPT] != 0, flat)
         loss = loss.reshape(shape) if reduction == "none" else loss
     return (loss, statistics_record(rows, shape, vocabulary)) if return_stats else loss
@@ -220,18 +222,18 @@ def deft_loss(
 
 def _few_launches(logits: Tensor, labels: Tensor, weighting: Weighting, spec: Spec) -> bool:
     """Whether kernels of the batch stand in for the reductions in PyTorch."""
-    return spec.backend == "triton" and weighting.counts_rows and not eager.watched(logits, labels)
+    return spec.backend == "triton" and weighting.counts_rows and not functions.watched(logits, labels)
 
 
 def _loss_with_gradient(
     logits: Tensor, labels: Tensor, weighting: Weighting, ignore_index: int, spec: Spec
 ) -> tuple[Tensor, Tensor]:
     if _few_launches(logits, labels, weighting, spec):
-        scale = eager.mean_scale(labels, ignore_index)
+        scale = functions.mean_scale(labels, ignore_index)
     else:
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         scale = weighting.row_scale(labels != ignore_index, labels, dtype)
-    return eager.loss_with_gradient(logits, labels, scale, weighting.class_weight, ignore_index, spec)
+    return functions.loss_with_gradient(logits, labels, scale, weighting.class_weight, ignore_index, spec)
 
 
 def _refuse_for_function(inplace: bool, in_forward: bool | None, smoothing: float) -> None:
@@ -250,7 +252,7 @@ def _reference(
     settings: dict[str, float],
     return_stats: bool,
 ) -> Any:
-    operators.check_labels(labels.reshape(-1), logits.shape[-1], ignore_index)
+    checks.check_label_range(labels.reshape(-1), logits.shape[-1], ignore_index)
     loss, stats = reference.loss(
         logits,
         labels,
@@ -320,7 +322,7 @@ def row_statistics(
     shard = shard_of(group, logits.shape[-1], logits.device, chosen, labels, ignore_index)
     shape, flat = labels.shape, aligned(labels, shift, ignore_index)
     if chosen == "reference":
-        operators.check_labels(flat, logits.shape[-1], ignore_index)
+        checks.check_label_range(flat, logits.shape[-1], ignore_index)
         valid = (flat != ignore_index).reshape(shape)
         z = reference.transformed(logits, settings["softcap"] or None, settings["temperature"]).masked_fill(
             ~valid.unsqueeze(-1), 0.0
@@ -330,7 +332,7 @@ def row_statistics(
     checks.check_no_transform(logits)
     spec = Spec(objectives.of_statistics(), **settings, statistics=True, backend=chosen, shard=shard)
     code, numbers = spec.encode()
-    outputs = operators.row_statistics(_addressable(logits), flat, ignore_index, code, numbers)
+    outputs = logits_operators.row_statistics(_addressable(logits), flat, ignore_index, code, numbers)
     logp, lse, collision, entropy, max_prob = (value.reshape(shape) for value in outputs[:5])
     correct = outputs[5][Field.CORRECT].reshape(shape) != 0
     predicted = predicted_classes(outputs[5], shape, spec.vocabulary(logits.shape[-1]))

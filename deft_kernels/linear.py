@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
-from . import linear_operators, objectives
+from . import objectives
 from .backends import choice
 from .core import checks
 from .core.groups import VocabShard
@@ -18,11 +18,11 @@ from .core.reduction import Reduction, Weighting, in_forward_obstacle
 from .core.spec import Spec
 from .core.statistics import Field, RowStatistics, detached, predicted_classes
 from .core.validation import in_step
-from .dtensors import is_dtensor, refuse_dtensors
+from .dtensors import is_dtensor, refuse_dtensors, whole
 from .functional import deft_loss
-from .gathered import whole
 from .objectives import Objective
-from .products import HALF
+from .operators import hidden as hidden_operators
+from .operators.chunk_gradients import HALF
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -257,10 +257,10 @@ class _Call:
             dtype = torch.float64 if self.product == torch.float64 else torch.float32
             scale = weighting.row_scale(self.labels != self.ignore_index, self.labels, dtype)
             args = (*self.inputs, self.labels, scale, classes, *self._settings(spec))
-            loss, rows, *_ = linear_operators.linear_loss_with_gradient(*args)
+            loss, rows, *_ = hidden_operators.linear_loss_with_gradient(*args)
             return loss, rows
         args = (*self.inputs, self.labels, classes, *self._settings(spec))
-        loss, rows = linear_operators.linear_row_loss(*args)
+        loss, rows = hidden_operators.linear_row_loss(*args)
         return weighting.reduce(loss, rows[Field.KEPT] != 0, self.labels), rows
 
     def _in_forward(self, spec: Spec, weighting: Weighting) -> bool:
@@ -277,7 +277,7 @@ class _Call:
         """(loss, detached statistics) of an objective that is a function of differentiable statistics."""
         plain = replace(spec, z_loss=0.0, label_smoothing=0.0)
         args = (*self.inputs, self.labels, *self._settings(plain))
-        *vectors, rows = linear_operators.linear_statistics(*args)
+        *vectors, rows = hidden_operators.linear_statistics(*args)
         logp, lse, collision, entropy, max_prob = (vector.reshape(shape) for vector in vectors)
         correct = rows[Field.CORRECT].reshape(shape) != 0
         predicted = predicted_classes(rows, shape, spec.vocabulary(self.inputs[1].shape[0]))

@@ -16,9 +16,10 @@ from rows import make
 from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
 
-from deft_kernels import DEFTLoss, deft_loss, objectives, operators, row_statistics
+from deft_kernels import DEFTLoss, deft_loss, objectives, row_statistics
 from deft_kernels.backends.pytorch.finish import gradient_fields
 from deft_kernels.core.spec import Spec
+from deft_kernels.operators import logits as logits_operators
 
 N, V = 6, 23
 
@@ -153,8 +154,8 @@ def arguments(backend: str, device: str, dtype: torch.dtype, weighted: bool):
 def test_opcheck(name, weighted, backend, device):
     """Schema, shape functions, autograd registration and tracing of every operator."""
     logits, labels, weight, scale, code, numbers = arguments(backend, device, torch.float32, weighted)
-    operator = getattr(operators, name)
-    _, rows = operators.row_loss(logits, labels, weight, -100, code, numbers)
+    operator = getattr(logits_operators, name)
+    _, rows = logits_operators.row_loss(logits, labels, weight, -100, code, numbers)
     leaf = logits.clone().requires_grad_()
     args = {
         "row_loss": (leaf, labels, weight, -100, code, numbers),
@@ -180,7 +181,7 @@ def test_every_operator_is_checked():
     marks = {mark.args[0]: mark.args[1] for mark in test_opcheck.pytestmark}
     definitions = {
         name
-        for name, value in vars(operators).items()
+        for name, value in vars(logits_operators).items()
         if isinstance(value, torch._library.custom_ops.CustomOpDef)
     }
     assert definitions == set(marks["name"])
@@ -201,7 +202,7 @@ def test_settings_survive_the_schema(objective):
 def test_gradient_fields_leave_their_argument_alone(backend, device):
     logits, labels, _, scale, _, _ = arguments(backend, device, torch.float32, False)
     code, numbers = Spec(objectives.of_statistics(), statistics=True, backend=backend).encode()
-    *_, rows = operators.row_statistics(logits, labels, -100, code, numbers)
+    *_, rows = logits_operators.row_statistics(logits, labels, -100, code, numbers)
     before = rows.clone()
     gradient_fields(rows, scale, scale, scale, scale, scale, 1.0)
     assert torch.equal(rows, before)

@@ -1,4 +1,4 @@
-"""Plain eager calls go by autograd Functions; whoever traces sees one operator (see `deft_kernels.eager`)."""
+"""Plain eager calls go by autograd Functions; whoever traces sees one operator (`operators.functions`)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deft_kernels import deft_loss, eager, operators
+from deft_kernels import deft_loss
 from deft_kernels.core.statistics import Field
+from deft_kernels.operators import functions
+from deft_kernels.operators import logits as logits_operators
 
 MODES = {
     "default": {"grad_in_forward": False},
@@ -91,7 +93,7 @@ def test_a_plain_call_uses_no_operator(mode, backend, device, monkeypatch):
     names = ("row_loss", "row_loss_with_gradient", "row_loss_with_gradient_", "logits_gradient",
              "logits_gradient_", "match_upstream_")  # fmt: skip
     for name in names:
-        monkeypatch.setattr(operators, name, fail)
+        monkeypatch.setattr(logits_operators, name, fail)
     logits, labels = (t.to(device) for t in inputs())
     loss, gradient = step(logits, labels, MODES[mode] | {"backend": backend})
     assert loss.isfinite() and gradient.any()
@@ -99,14 +101,14 @@ def test_a_plain_call_uses_no_operator(mode, backend, device, monkeypatch):
 
 def test_who_is_watched():
     logits, labels = inputs()
-    assert not eager.watched(logits, labels, None)
-    assert not eager.watched(torch.nn.Parameter(logits), labels)
-    assert eager.watched(logits.to("meta"), labels)
+    assert not functions.watched(logits, labels, None)
+    assert not functions.watched(torch.nn.Parameter(logits), labels)
+    assert functions.watched(logits.to("meta"), labels)
     with FakeTensorMode() as mode:
-        assert eager.watched(logits, labels)
-    assert eager.watched(mode.from_tensor(logits), labels)
+        assert functions.watched(logits, labels)
+    assert functions.watched(mode.from_tensor(logits), labels)
     seen = []
-    torch.vmap(lambda z: seen.append(eager.watched(z)) or z)(logits)
+    torch.vmap(lambda z: seen.append(functions.watched(z)) or z)(logits)
     assert seen == [True]
 
 

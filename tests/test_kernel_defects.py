@@ -9,7 +9,8 @@ import torch
 from rows import gradient_excess, make
 from torch import Tensor
 
-from deft_kernels import deft_loss, objectives, operators, row_statistics
+from deft_kernels import deft_loss, objectives, row_statistics
+from deft_kernels.core import checks
 from deft_kernels.objectives import Objective
 
 
@@ -77,7 +78,7 @@ def test_label_out_of_range_shows_alike_in_every_gradient(
     wrong: int, in_forward: bool, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Below the host's check: the loss is NaN for every objective; so is the row's gradient, or for none."""
-    monkeypatch.setattr(operators, "check_labels", lambda *_: None)
+    monkeypatch.setattr(checks, "check_label_range", lambda *_: None)
     z, y = make("plain", 3, 1281, torch.float32)
     y[1] = wrong
 

@@ -9,14 +9,8 @@ import torch
 from rows import make
 from torch import Tensor
 
-from deft_kernels import (
-    deft_loss,
-    fused_linear_deft_loss,
-    linear_operators,
-    objectives,
-    operators,
-    row_statistics,
-)
+from deft_kernels import deft_loss, fused_linear_deft_loss, objectives, row_statistics
+from deft_kernels.core import checks
 
 N, V = 4, 37
 
@@ -90,7 +84,7 @@ def test_loss_and_gradient_are_nan_together(name, option, wrong, backend, device
     in_forward = option == "in forward"
     if callable(objective) and "label_smoothing" in options:
         del options["label_smoothing"]
-    monkeypatch.setattr(operators, "check_labels", lambda *_: None)
+    monkeypatch.setattr(checks, "check_label_range", lambda *_: None)
     logits, labels = rows(device)
     good = [0, 1, 3]
 
@@ -114,7 +108,7 @@ def test_loss_and_gradient_are_nan_together(name, option, wrong, backend, device
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("name", ["nll", "deft", "eaft", "function"])
 def test_of_the_linear_call(name, reduction, backend, device, monkeypatch):
-    monkeypatch.setattr(linear_operators, "check_labels", lambda *_: None)
+    monkeypatch.setattr(checks, "check_label_range", lambda *_: None)
     hidden, labels = rows(device)
     hidden.requires_grad_()
     labels[2] = V
@@ -130,7 +124,7 @@ def test_of_the_linear_call(name, reduction, backend, device, monkeypatch):
 
 def test_statistics_that_ask_no_label_keep_their_gradient(backend, device, monkeypatch):
     """The entropy of a row does not depend on its label, and neither does its derivative."""
-    monkeypatch.setattr(operators, "check_labels", lambda *_: None)
+    monkeypatch.setattr(checks, "check_label_range", lambda *_: None)
     logits, labels = rows(device)
     gradients = []
     for label in (int(labels[2]), V):

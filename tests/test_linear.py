@@ -14,14 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deft_kernels import (
-    FusedLinearDEFTLoss,
-    RowStatistics,
-    chunks,
-    deft_loss,
-    fused_linear_deft_loss,
-    objectives,
-)
+from deft_kernels import FusedLinearDEFTLoss, RowStatistics, deft_loss, fused_linear_deft_loss, objectives
+from deft_kernels.operators import chunks
 
 N, D, V = 7, 5, 37
 BUDGET = 2 * V * 4

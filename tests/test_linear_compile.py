@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from deft_kernels import FusedLinearDEFTLoss, fused_linear_deft_loss, linear_operators, objectives
+from deft_kernels import FusedLinearDEFTLoss, fused_linear_deft_loss, objectives
 from deft_kernels.core.spec import Spec
+from deft_kernels.operators import hidden as hidden_operators
 
 N, D, V = 6, 4, 23
 BUDGET = 2 * V * 4
@@ -113,7 +114,7 @@ def test_opcheck(name, bias, backend, device):
     wanted, settings = [True, True, bias], (torch.float32, BUDGET, -100)
     tensors = (hidden, weight, own if bias else None)
     leaves = tuple(None if x is None else x.clone().requires_grad_() for x in tensors)
-    _, rows = linear_operators.linear_row_loss(*tensors, flat, None, wanted, *settings, *plain.encode())
+    _, rows = hidden_operators.linear_row_loss(*tensors, flat, None, wanted, *settings, *plain.encode())
     args = {
         "linear_row_loss": (*leaves, flat, None, wanted, *settings, *plain.encode()),
         "linear_loss_with_gradient": (*leaves, flat, scale, None, wanted, *settings, *plain.encode()),
@@ -121,7 +122,7 @@ def test_opcheck(name, bias, backend, device):
         "linear_statistics": (*leaves, flat, wanted, *settings, *of_rows.encode()),
     }[name]
     tests = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
-    result = torch.library.opcheck(getattr(linear_operators, name), args, test_utils=tests)
+    result = torch.library.opcheck(getattr(hidden_operators, name), args, test_utils=tests)
     assert set(result) == set(tests)
     assert set(result.values()) == {"SUCCESS"}
 
@@ -130,5 +131,5 @@ def test_every_operator_is_checked():
     """A new operator has to join the list above."""
     marks = {mark.args[0]: mark.args[1] for mark in test_opcheck.pytestmark}
     kind = torch._library.custom_ops.CustomOpDef
-    definitions = {value for value in vars(linear_operators).values() if isinstance(value, kind)}
+    definitions = {value for value in vars(hidden_operators).values() if isinstance(value, kind)}
     assert {definition._name for definition in definitions} == set(marks["name"])

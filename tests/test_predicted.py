@@ -17,7 +17,7 @@ from deft_kernels.backends.triton.tuning import Launch
 from deft_kernels.core import statistics
 from deft_kernels.core.spec import Spec
 from deft_kernels.core.statistics import Field, predicted_classes
-from deft_kernels.operators import implementation
+from deft_kernels.operators.logits import implementation
 
 BACKENDS = ("triton", "torch")
 VOCABULARY = 3333  # turns, tail and edges of one warp, as in test_launch.py

@@ -10,11 +10,11 @@ from rows import make
 from torch import Tensor
 
 from deft_kernels import objectives
+from deft_kernels.backends import implementation
 from deft_kernels.backends.pytorch import backend as pytorch_backend
 from deft_kernels.backends.states import identity, state_size
 from deft_kernels.core.spec import Spec
 from deft_kernels.core.statistics import Field
-from deft_kernels.operators import implementation
 
 # Three parts, the last narrower than a warp's first tile of fp32 logits (128 columns).
 V, WIDTHS = 656, (320, 300, 36)
@@ -82,7 +82,7 @@ def test_a_split_part_is_one_state(name, device, monkeypatch):
     from deft_kernels.backends.triton import backend as triton_backend
 
     logits, labels, spec = case(name, "triton", device)
-    monkeypatch.setattr(triton_backend.table, "splits", lambda *_: 3)
+    monkeypatch.setattr(triton_backend.tuning, "splits", lambda *_: 3)
     split = parts(logits, labels, spec)[0]
     plain = pytorch_backend.row_states(
         logits[:, : WIDTHS[0]], labels.where(labels < WIDTHS[0], WIDTHS[0]), None, -100, spec

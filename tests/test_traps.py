@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from rows import KINDS, ULP, gradient_excess, loss_excess, make
 from torch import Tensor
 
-from deft_kernels import deft_loss, objectives, operators, row_statistics
+from deft_kernels import deft_loss, objectives, row_statistics
+from deft_kernels.core import checks
 from deft_kernels.core.spec import Spec
 from deft_kernels.core.statistics import Field
+from deft_kernels.operators import logits as logits_operators
 
 MODES = {
     "backward": {"grad_in_forward": False},
@@ -196,7 +198,7 @@ def test_tails(vocabulary, dtype, kind, backend, device):
     logits.copy_(base.to(device))
     labels = labels.to(device)
     spec = Spec(objectives.deft(detach=False), statistics=True, backend=backend)
-    implementation = operators.implementation(spec)
+    implementation = logits_operators.implementation(spec)
     loss, rows = implementation.row_loss(logits, labels, None, -100, spec)
     upstream = torch.tensor([1.3, -0.6], device=device)
     room = torch.full((n + 2, vocabulary + 9), math.nan, device=device, dtype=dtype)
@@ -237,7 +239,7 @@ def test_ignored_rows_are_written(inplace, backend, device):
     logits, labels = logits.to(device), labels.to(device)
     labels[[0, 2]] = -100
     spec = Spec(objectives.deft(), backend=backend)
-    implementation = operators.implementation(spec)
+    implementation = logits_operators.implementation(spec)
     ones = torch.ones(4, device=device)
     outs = []
     _, rows = implementation.row_loss(logits, labels, None, -100, spec)
@@ -271,7 +273,7 @@ def test_no_host_synchronisation(keywords, device, monkeypatch):
     keywords = dict(keywords)
     if keywords.pop("weighted", False):
         keywords |= {"weight": torch.rand(19, device=device), "token_weight": torch.rand(2, 2, device=device)}
-    monkeypatch.setattr(operators, "check_labels", lambda *_: None)
+    monkeypatch.setattr(checks, "check_label_range", lambda *_: None)
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")

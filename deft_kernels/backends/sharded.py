@@ -8,7 +8,7 @@ come in for the whole vocabulary; labels have to be the same on all ranks of the
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,11 +18,14 @@ from ..core.groups import Shard
 from ..core.spec import Spec
 from .states import identity
 
+if TYPE_CHECKING:
+    from .interface import PartialBackend
+
 
 class Sharded:
     """`backend`: whose functions these stand for; `pytorch/backend.py` says what they do."""
 
-    def __init__(self, backend: Any, shard: Shard):
+    def __init__(self, backend: PartialBackend, shard: Shard):
         self.backend, self.shard = backend, shard
 
     def row_loss(
@@ -89,6 +92,12 @@ class Sharded:
         labels, class_weight, spec = self._own(dlogits, labels, class_weight, spec)
         args = (upstream, logits, labels, row_scale, class_weight, rows, spec)
         self.backend.match_upstream(dlogits, *args)
+
+    def weighted_total(self, loss: Tensor, row_scale: Tensor, rows: Tensor) -> Tensor:
+        return self.backend.weighted_total(loss, row_scale, rows)
+
+    def scale(self, gradient: Tensor, upstream: Tensor, kept: Tensor | None = None) -> None:
+        self.backend.scale(gradient, upstream, kept)
 
     def _own(
         self, logits: Tensor, labels: Tensor, class_weight: Tensor | None, spec: Spec

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import os
 from typing import Any, NamedTuple
 
 import torch
@@ -108,6 +109,19 @@ def check_labels(labels: Any, logits: Tensor | Outline) -> None:
 def _same_device(name: str, tensor: Tensor, logits: Tensor | Outline) -> None:
     if tensor.device != logits.device:
         raise ValueError(f"{name}: is on {tensor.device}, the logits are on {logits.device}")
+
+
+def check_label_range(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
+    """IndexError for a label outside [0, V), where the host can see it without waiting for a device."""
+    if labels.device.type != "cpu" and os.environ.get("DEFT_KERNELS_VALIDATE", "0") != "1":
+        return
+    wrong = ((labels < 0) | (labels >= vocabulary)) & (labels != ignore_index)
+    if bool(wrong.any()):
+        position = int(wrong.nonzero()[0])
+        raise IndexError(
+            f"labels: {int(labels[position])} at flat position {position} is outside [0, {vocabulary}) "
+            f"and is not ignore_index ({ignore_index})"
+        )
 
 
 def check_reduction(reduction: Any) -> None:

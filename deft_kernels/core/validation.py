@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from . import checks
 from .agreement import (
     ASKED,
     WIDTH,
@@ -111,6 +112,21 @@ def compare(
         raise ValueError(
             f"group: the ranks differ in {'; '.join(_described(name, table) for name in differing)}"
         )
+
+
+def admit(
+    logits: Tensor,
+    labels: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    spec: Spec,
+    row_scale: Tensor | None = None,
+) -> None:
+    """Before anything is sent or computed: what the ranks have to agree on, and the labels' range."""
+    width = logits.shape[-1]
+    args = (labels, logits.dtype, class_weight, ignore_index, spec)
+    compare(spec.shard, width, *args, row_scale=row_scale)
+    checks.check_label_range(labels, spec.vocabulary(width), ignore_index)
 
 
 def _described(name: str, table: list[list[int]]) -> str:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from deft_kernels.backends.choice.choice import interpreted
 
+from deft_kernels.backends.choice import interpreted
 from deft_kernels.backends.pytorch import block
 
 

@@ -227,6 +227,11 @@ def gradient(
         drop(target, fields[Field.KEPT], True)
 
 
+def weighted_total(loss: Tensor, row_scale: Tensor, rows: Tensor) -> Tensor:
+    """sum_i row_scale_i loss_i over the rows that are kept; a scale of NaN or inf elsewhere is not met."""
+    return torch.where(rows[Field.KEPT] != 0, loss * row_scale, 0.0).sum()
+
+
 def scale(gradient: Tensor, upstream: Tensor, kept: Tensor | None = None) -> None:
     """gradient [..., K] *= upstream, a scalar; rows that are not `kept` [N] are 0 and stay it."""
     if upstream.device.type == "cpu":

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import operators
-from .core.spec import Spec
+from ..backends import implementation
+from ..core import validation
+from ..core.spec import Spec
+from . import logits as logits_operators
 
 PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -30,9 +32,9 @@ def watched(*tensors: Tensor | None) -> bool:
 def row_loss(
     logits: Tensor, labels: Tensor, class_weight: Tensor | None, ignore_index: int, spec: Spec
 ) -> tuple[Tensor, Tensor]:
-    """As `operators.row_loss`."""
+    """As `logits_operators.row_loss`."""
     if watched(logits, labels, class_weight):
-        return operators.row_loss(logits, labels, class_weight, ignore_index, *spec.encode())
+        return logits_operators.row_loss(logits, labels, class_weight, ignore_index, *spec.encode())
     return RowLoss.apply(logits, labels, class_weight, ignore_index, spec)
 
 
@@ -49,14 +51,14 @@ def loss_with_gradient(
         return LossWithGradient.apply(logits, labels, row_scale, class_weight, ignore_index, spec)
     args = (labels, row_scale, class_weight, ignore_index, *spec.encode())
     if spec.inplace:
-        return operators.InPlaceLoss.apply(logits, *args)
-    loss, rows, _ = operators.row_loss_with_gradient(logits, *args)
+        return logits_operators.InPlaceLoss.apply(logits, *args)
+    loss, rows, _ = logits_operators.row_loss_with_gradient(logits, *args)
     return loss, rows
 
 
 def mean_scale(labels: Tensor, ignore_index: int) -> Tensor:
     """1 over the number of rows that count, [N] with stride 0, by one launch."""
-    from .backends.triton import backend as triton_backend
+    from ..backends.triton import backend as triton_backend
 
     return triton_backend.mean_scale(labels, ignore_index)
 
@@ -81,9 +83,9 @@ def gradient(
     """By the logits, for an upstream `dloss` [N] of any stride."""
     if torch.is_grad_enabled() or watched(logits, dloss):
         # With create_graph=True the operator's own backward is the one that raises.
-        return operators.gradient_of_rows(logits, labels, class_weight, rows, dloss, *spec.encode())
+        return logits_operators.gradient_of_rows(logits, labels, class_weight, rows, dloss, *spec.encode())
     dlogits = _room(logits, spec)
-    backend = operators.implementation(spec)
+    backend = implementation(spec)
     backend.gradient(logits, labels, class_weight, rows, dloss, spec, dlogits)
     return dlogits
 
@@ -98,8 +100,8 @@ class RowLoss(torch.autograd.Function):
         ignore_index: int,
         spec: Spec,
     ) -> tuple[Tensor, Tensor]:
-        operators.admit(logits, labels, class_weight, ignore_index, spec)
-        loss, rows = operators.implementation(spec).row_loss(logits, labels, class_weight, ignore_index, spec)
+        validation.admit(logits, labels, class_weight, ignore_index, spec)
+        loss, rows = implementation(spec).row_loss(logits, labels, class_weight, ignore_index, spec)
         ctx.mark_non_differentiable(rows)
         ctx.save_for_backward(logits, labels, class_weight, rows)
         ctx.spec = spec
@@ -116,13 +118,13 @@ class MeanLoss(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int, spec: Spec
     ) -> tuple[Tensor, Tensor]:
-        operators.admit(logits, labels, None, ignore_index, spec)
+        validation.admit(logits, labels, None, ignore_index, spec)
         scale = mean_scale(labels, ignore_index)
-        loss, rows = operators.implementation(spec).row_loss(logits, labels, None, ignore_index, spec)
+        loss, rows = implementation(spec).row_loss(logits, labels, None, ignore_index, spec)
         ctx.mark_non_differentiable(rows)
         ctx.save_for_backward(logits, labels, rows, scale)
         ctx.spec = spec
-        return operators.weighted_total(loss, scale, rows, spec), rows
+        return implementation(spec).weighted_total(loss, scale, rows), rows
 
     @staticmethod
     def backward(ctx: Any, dmean: Tensor, _: Any) -> Any:
@@ -142,17 +144,17 @@ class LossWithGradient(torch.autograd.Function):
         ignore_index: int,
         spec: Spec,
     ) -> tuple[Tensor, Tensor]:
-        operators.admit(logits, labels, class_weight, ignore_index, spec, row_scale)
+        validation.admit(logits, labels, class_weight, ignore_index, spec, row_scale)
         if spec.inplace and logits.dtype == torch.float16:
-            operators.warn_of_underflow()
+            logits_operators.warn_of_underflow()
         dlogits = _room(logits, spec)
         args = (labels, row_scale, class_weight, ignore_index, spec, dlogits)
-        loss, rows = operators.implementation(spec).row_loss_with_gradient(logits, *args)
+        loss, rows = implementation(spec).row_loss_with_gradient(logits, *args)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(rows)
         ctx.save_for_backward(None if spec.inplace else logits, labels, row_scale, class_weight, rows)
         ctx.dlogits, ctx.spec = dlogits, spec
-        return operators.weighted_total(loss, row_scale, rows, spec), rows
+        return implementation(spec).weighted_total(loss, row_scale, rows), rows
 
     @staticmethod
     def backward(ctx: Any, dtotal: Tensor | None, _: Any) -> Any:
@@ -163,12 +165,19 @@ class LossWithGradient(torch.autograd.Function):
         # Handing out the one reference lets autograd keep the tensor as .grad without a copy.
         dlogits, ctx.dlogits = ctx.dlogits, None
         if spec.inplace:
-            operators.check_in_place_backward(dlogits)
+            logits_operators.check_in_place_backward(dlogits)
         elif dlogits is None or torch.is_grad_enabled() or watched(dtotal):
             # Given away by an earlier backward; or with a graph of its own, for which the operator raises.
             saved = (logits, labels, class_weight, rows)
             dloss = (dtotal * row_scale).to(rows.dtype)
-            return operators.logits_gradient(*saved, dloss, *spec.encode()), None, None, None, None, None
-        backend = operators.implementation(spec)
+            return (
+                logits_operators.logits_gradient(*saved, dloss, *spec.encode()),
+                None,
+                None,
+                None,
+                None,
+                None,
+            )
+        backend = implementation(spec)
         backend.match_upstream(dlogits, dtotal, logits, labels, row_scale, class_weight, rows, spec)
         return dlogits, None, None, None, None, None

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .core.groups import Shard, batch_mean
-from .core.spec import Spec
-from .core.statistics import Field
-from .objectives import nll
-from .products import BiasGradient, HiddenGradient, WeightGradient
+from ..backends.interface import Backend
+from ..core.groups import Shard, batch_mean
+from ..core.spec import Spec
+from ..core.statistics import Field
+from ..objectives import nll
+from .chunk_gradients import BiasGradient, HiddenGradient, WeightGradient
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 
@@ -138,7 +139,7 @@ class _Accumulators:
         return self.hidden.finish(), self.weight.finish(), self.bias.finish()
 
 
-def _with_batch_mean(backend: Any, chunks: Chunks, labels: Tensor, ignore_index: int, spec: Spec) -> Spec:
+def _with_batch_mean(backend: Backend, chunks: Chunks, labels: Tensor, ignore_index: int, spec: Spec) -> Spec:
     """For `cayley`, whose floor is made of the batch's mean p: read every chunk once for it.
 
     The mean then travels as a number, which on a GPU waits for it; `mean_prob` given saves both.
@@ -155,7 +156,7 @@ def _with_batch_mean(backend: Any, chunks: Chunks, labels: Tensor, ignore_index:
 
 
 def row_loss(
-    backend: Any, head: Head, labels: Tensor, class_weight: Tensor | None, ignore_index: int, spec: Spec
+    backend: Backend, head: Head, labels: Tensor, class_weight: Tensor | None, ignore_index: int, spec: Spec
 ) -> tuple[Tensor, Tensor]:
     """(loss [N], rows [len(Field), N])."""
     chunks, results = Chunks(head, labels != ignore_index), Results(head)
@@ -167,7 +168,7 @@ def row_loss(
 
 
 def loss_with_gradient(
-    backend: Any,
+    backend: Backend,
     head: Head,
     labels: Tensor,
     row_scale: Tensor,
@@ -189,7 +190,7 @@ def loss_with_gradient(
 
 
 def gradient(
-    backend: Any,
+    backend: Backend,
     head: Head,
     labels: Tensor,
     class_weight: Tensor | None,

@@ -10,14 +10,16 @@ from typing import Any, List, Optional, Tuple
 import torch
 from torch import Tensor
 
-from . import chunks, objectives
-from .backends.pytorch import backend as pytorch_backend
-from .backends.pytorch.finish import gradient_fields
+from .. import objectives
+from ..backends import implementation
+from ..backends.interface import Backend
+from ..backends.pytorch.finish import gradient_fields
+from ..core import checks, validation
+from ..core.spec import decode
+from ..core.statistics import Field
+from . import chunks
 from .chunks import Head
-from .core import validation
-from .core.spec import decode
-from .core.statistics import Field
-from .operators import check_labels, implementation, no_double_backward, save_nothing, weighted_total
+from .logits import no_double_backward, save_nothing
 
 
 def _outside_autocast(hidden: Tensor) -> torch.autocast:
@@ -55,7 +57,7 @@ def linear_row_loss(
     of_all_ranks: Any = {"hidden": hidden, "budget": budget, "wanted": wanted[0]}
     args = (labels, product, class_weight, ignore_index, spec)
     validation.compare(spec.shard, weight.shape[0], *args, **of_all_ranks)
-    check_labels(labels, spec.vocabulary(weight.shape[0]), ignore_index)
+    checks.check_label_range(labels, spec.vocabulary(weight.shape[0]), ignore_index)
     with _outside_autocast(hidden):
         head = Head(hidden, weight, bias, product, budget, spec.shard)
         return chunks.row_loss(implementation(spec), head, labels, class_weight, ignore_index, spec)
@@ -86,13 +88,13 @@ def linear_loss_with_gradient(
     of_all_ranks: Any = {"hidden": hidden, "budget": budget, "wanted": wanted[0], "row_scale": row_scale}
     args = (labels, product, class_weight, ignore_index, spec)
     validation.compare(spec.shard, weight.shape[0], *args, gradient_in_forward=True, **of_all_ranks)
-    check_labels(labels, spec.vocabulary(weight.shape[0]), ignore_index)
+    checks.check_label_range(labels, spec.vocabulary(weight.shape[0]), ignore_index)
     with _outside_autocast(hidden):
         head = Head(hidden, weight, bias, product, budget, spec.shard)
         loss, rows, gradients = chunks.loss_with_gradient(
             implementation(spec), head, labels, row_scale, class_weight, ignore_index, spec, wanted
         )
-        return (weighted_total(loss, row_scale, rows, spec), rows, *gradients)
+        return (implementation(spec).weighted_total(loss, row_scale, rows), rows, *gradients)
 
 
 @linear_loss_with_gradient.register_fake
@@ -212,26 +214,20 @@ def _with_gradient_backward(ctx: Any, dtotal: Optional[Tensor], *_: Any) -> Any:
         args = (rows, dloss, ctx.wanted, ctx.product, ctx.budget, ctx.code, ctx.numbers)
         gradients = linear_gradient(hidden, weight, bias, labels, class_weight, *args)
         return _given(gradients, ctx.wanted, 12)
-    backend = decode(ctx.code, ctx.numbers).backend
+    backend = implementation(decode(ctx.code, ctx.numbers))
     scale_(gradients[0], dtotal, backend, ctx.kept)
     scale_(gradients[1], dtotal, backend)
     scale_(gradients[2], dtotal, backend)
     return _given(gradients, ctx.wanted, 12)
 
 
-def scale_(gradient: Tensor, upstream: Tensor, backend: str, kept: Optional[Tensor] = None) -> None:
+def scale_(gradient: Tensor, upstream: Tensor, backend: Backend, kept: Optional[Tensor] = None) -> None:
     """gradient *= upstream, left alone where that is 1; on a GPU the device decides, and nobody waits.
 
     kept: of the rows of hidden's gradient, which stays 0 where it is 0, whatever the upstream.
     """
-    if gradient.numel() == 0:
-        return
-    if backend == "triton":
-        from .backends.triton import backend as triton_backend
-
-        triton_backend.scale(gradient, upstream, kept)
-    else:
-        pytorch_backend.scale(gradient, upstream, kept)
+    if gradient.numel() > 0:
+        backend.scale(gradient, upstream, kept)
 
 
 def _setup_statistics(ctx: Any, inputs: Any, output: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .core.groups import Shard, total
+from ..core.groups import Shard, total
 
 HALF = (torch.bfloat16, torch.float16)
 # What a CPU widens to fp32 at a time, in elements: 4 MiB of fp32. Slices of a quarter and of four times the

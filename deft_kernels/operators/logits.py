@@ -1,12 +1,11 @@
 """The operators of the package, registered with torch.library, and their hand-written backward.
 
 Registered, so that torch.compile needs no graph break and opcheck can hold the schema, the shape functions
-and the autograd rule to their word; plain eager calls take the quicker Functions of `eager`. Settings are
+and the autograd rule to their word; plain eager calls take the quicker Functions of `functions`. Settings are
 handed over as (code, numbers), see `spec`. Labels are flat, int64, [N]; logits [..., V] keep their shape and
 strides.
 """
 
-import os
 import warnings
 from dataclasses import replace
 from functools import lru_cache
@@ -15,65 +14,18 @@ from typing import Any, List, Optional, Tuple
 import torch
 from torch import Tensor
 
-from . import objectives
-from .backends.pytorch import backend as pytorch_backend
-from .backends.pytorch.finish import gradient_fields
-from .backends.sharded import Sharded
-from .core import validation
-from .core.spec import Spec, decode
-from .core.statistics import Field
+from .. import objectives
+from ..backends import implementation
+from ..backends.pytorch.finish import gradient_fields
+from ..core import validation
+from ..core.spec import decode
+from ..core.statistics import Field
 
 # torch.library infers an operator's schema from annotations, so they are spelled with `typing` here.
 
 
-def implementation(spec: Spec) -> Any:
-    backend: Any = pytorch_backend
-    if spec.backend == "triton":
-        from .backends.triton import backend as triton_backend
-
-        backend = triton_backend
-    return backend if spec.shard is None else Sharded(backend, spec.shard)
-
-
 def _rows_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
-def check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
-    """IndexError for a label outside [0, V), where the host can see it without waiting for a device."""
-    if labels.device.type != "cpu" and os.environ.get("DEFT_KERNELS_VALIDATE", "0") != "1":
-        return
-    wrong = ((labels < 0) | (labels >= vocabulary)) & (labels != ignore_index)
-    if bool(wrong.any()):
-        position = int(wrong.nonzero()[0])
-        raise IndexError(
-            f"labels: {int(labels[position])} at flat position {position} is outside [0, {vocabulary}) "
-            f"and is not ignore_index ({ignore_index})"
-        )
-
-
-def weighted_total(loss: Tensor, row_scale: Tensor, rows: Tensor, spec: Spec) -> Tensor:
-    """sum_i row_scale_i loss_i over the rows that are kept; a scale of NaN or inf elsewhere is not met."""
-    if spec.backend == "triton":
-        from .backends.triton import backend as triton_backend
-
-        return triton_backend.weighted_total(loss, row_scale, rows)
-    return torch.where(rows[Field.KEPT] != 0, loss * row_scale, 0.0).sum()
-
-
-def admit(
-    logits: Tensor,
-    labels: Tensor,
-    class_weight: Optional[Tensor],
-    ignore_index: int,
-    spec: Spec,
-    row_scale: Optional[Tensor] = None,
-) -> None:
-    """Before anything is sent or computed: what the ranks have to agree on, and the labels' range."""
-    width = logits.shape[-1]
-    args = (labels, logits.dtype, class_weight, ignore_index, spec)
-    validation.compare(spec.shard, width, *args, row_scale=row_scale)
-    check_labels(labels, spec.vocabulary(width), ignore_index)
 
 
 @torch.library.custom_op("deft_kernels::row_loss", mutates_args=())
@@ -87,7 +39,7 @@ def row_loss(
 ) -> Tuple[Tensor, Tensor]:
     """(loss [N], rows [len(Field), N]) of every row."""
     spec = decode(code, numbers)
-    admit(logits, labels, class_weight, ignore_index, spec)
+    validation.admit(logits, labels, class_weight, ignore_index, spec)
     return implementation(spec).row_loss(logits, labels, class_weight, ignore_index, spec)
 
 
@@ -109,12 +61,12 @@ def row_loss_with_gradient(
 ) -> Tuple[Tensor, Tensor, Tensor]:
     """(sum_i row_scale_i loss_i, rows, its gradient by the logits), in one visit to the logits."""
     spec = decode(code, numbers)
-    admit(logits, labels, class_weight, ignore_index, spec, row_scale)
+    validation.admit(logits, labels, class_weight, ignore_index, spec, row_scale)
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     loss, rows = implementation(spec).row_loss_with_gradient(
         logits, labels, row_scale, class_weight, ignore_index, spec, dlogits
     )
-    return weighted_total(loss, row_scale, rows, spec), rows, dlogits
+    return implementation(spec).weighted_total(loss, row_scale, rows), rows, dlogits
 
 
 @row_loss_with_gradient.register_fake
@@ -148,13 +100,13 @@ def row_loss_with_gradient_(
 ) -> Tuple[Tensor, Tensor]:
     """`row_loss_with_gradient` that leaves the gradient in the logits' storage."""
     spec = decode(code, numbers)
-    admit(logits, labels, class_weight, ignore_index, spec, row_scale)
+    validation.admit(logits, labels, class_weight, ignore_index, spec, row_scale)
     if logits.dtype == torch.float16:
         warn_of_underflow()
     loss, rows = implementation(spec).row_loss_with_gradient(
         logits, labels, row_scale, class_weight, ignore_index, spec, logits
     )
-    return weighted_total(loss, row_scale, rows, spec), rows
+    return implementation(spec).weighted_total(loss, row_scale, rows), rows
 
 
 @row_loss_with_gradient_.register_fake
@@ -229,7 +181,7 @@ def row_statistics(
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logp, lse, collision, entropy, max_prob), each [N], and rows; differentiable in the first five."""
     spec = decode(code, numbers)
-    admit(logits, labels, None, ignore_index, spec)
+    validation.admit(logits, labels, None, ignore_index, spec)
     _, rows = implementation(spec).row_loss(logits, labels, None, ignore_index, spec)
     picked = (Field.LOGP, Field.LSE, Field.COLLISION, Field.ENTROPY, Field.MAX_PROB)
     logp, lse, collision, entropy, max_prob = (rows[field].clone() for field in picked)
