@@ -16,11 +16,11 @@ from pydantic import BaseModel, model_validator
 
 from .. import objectives
 from ..objectives import Objective
+from ._shared.checks import check_trainer
+from ._shared.logits import ComputeLoss
+from ._shared.patching import calls_of, patch_model
+from ._shared.running import RunningStatistics
 from .callback import ProofCallback, StatisticsCallback
-from .checks import check_trainer
-from .logits import ComputeLoss
-from .patching import calls_of, patch_model
-from .running import RunningStatistics
 
 PREFIX = "deft_"
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from .checks import refuse_dividing_twice, refuse_label_smoothing, refuse_means_of_means
-from .proof import Calls
-from .running import RunningStatistics
+from ._shared.checks import refuse_dividing_twice, refuse_label_smoothing, refuse_means_of_means
+from ._shared.proof import Calls
+from ._shared.running import RunningStatistics
 
 
 class ProofCallback(TrainerCallback):  # type: ignore[misc]  # transformers is untyped for mypy

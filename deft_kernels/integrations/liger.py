@@ -12,10 +12,10 @@ from ..core.inputs import RowLoss
 from ..core.reduction import class_weights
 from ..linear import fused_linear_deft_loss
 from ..objectives import Objective
-from . import head as heads
-from .running import RunningStatistics
-from .settings import checked, described, recorder
-from .watch import Watch
+from ._shared import head as heads
+from ._shared.running import RunningStatistics
+from ._shared.settings import checked, described, recorder
+from ._shared.watch import Watch
 
 NAME = "liger_fused_linear_cross_entropy"
 KEYWORDS = ("temperature", "chunk_bytes", "backend")

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..core.groups import VocabShard
 from ..functional import deft_loss
 from ..objectives import Objective, resolve
-from .settings import checked
+from ._shared.settings import checked
 
 KEYWORDS = ("temperature", "z_loss", "inplace", "backend")
 

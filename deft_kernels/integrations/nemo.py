@@ -11,7 +11,7 @@ from ..core.inputs import RowLoss
 from ..dtensors import is_dtensor
 from ..functional import deft_loss
 from ..objectives import Objective
-from .settings import checked, described
+from ._shared.settings import checked, described
 
 KEYWORDS = ("temperature", "z_loss", "label_smoothing", "inplace", "backend")
 

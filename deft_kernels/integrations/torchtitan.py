@@ -13,7 +13,7 @@ from ..core.groups import VocabShard
 from ..dtensors import is_dtensor
 from ..functional import deft_loss
 from ..objectives import Objective
-from .settings import described
+from ._shared.settings import described
 
 
 def summed(pred: Any, labels: Any, *, objective: Any) -> Any:

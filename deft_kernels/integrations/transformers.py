@@ -13,10 +13,10 @@ from typing import Any
 
 from ..core.inputs import RowLoss
 from ..objectives import Objective
-from .checks import check_labels, check_trainer
-from .logits import ComputeLoss, ForCausalLM, compute_loss_func, for_causal_lm
-from .patching import patch_model, set_loss_function, unpatch_model
-from .running import RunningStatistics
+from ._shared.checks import check_labels, check_trainer
+from ._shared.logits import ComputeLoss, ForCausalLM, compute_loss_func, for_causal_lm
+from ._shared.patching import patch_model, set_loss_function, unpatch_model
+from ._shared.running import RunningStatistics
 
 __all__ = [
     "ComputeLoss",

@@ -19,10 +19,10 @@ from ..core.groups import batch_mean
 from ..core.statistics import Field, RowStatistics
 from ..gated import gated_loss
 from ..objectives import Objective, resolve
-from .checks import check_trainer, refuse_label_smoothing
-from .logits import ComputeLoss
-from .patching import RECORD
-from .running import RunningStatistics
+from ._shared.checks import check_trainer, refuse_label_smoothing
+from ._shared.logits import ComputeLoss
+from ._shared.patching import RECORD
+from ._shared.running import RunningStatistics
 
 FUSED_OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "is_top1")
 

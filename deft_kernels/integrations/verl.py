@@ -21,7 +21,7 @@ from ..core.statistics import Field
 from ..functional import row_statistics
 from ..gated import gated_loss
 from ..objectives import Objective, resolve
-from .settings import denominator
+from ._shared.settings import denominator
 
 # Of one micro-batch: its share of the mean over all tokens of the batch, so that verl sums them as the loss.
 METRICS = ("train/nll", "train/mean_alpha", "train/mean_gate")

@@ -8,8 +8,8 @@ from tiny import arguments, batch, examples, llama, losses, oracle, parameters
 from transformers import Trainer
 
 from deft_kernels.integrations import transformers as integration
+from deft_kernels.integrations._shared.patching import calls_of
 from deft_kernels.integrations.callback import ProofCallback, StatisticsCallback
-from deft_kernels.integrations.patching import calls_of
 from deft_kernels.integrations.running import RunningStatistics
 
 ACCUMULATED = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}

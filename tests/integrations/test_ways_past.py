@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, Trainer
 
 from deft_kernels.integrations import liger
 from deft_kernels.integrations import transformers as integration
+from deft_kernels.integrations._shared.watch import Watch
 from deft_kernels.integrations.callback import ProofCallback, StatisticsCallback
 from deft_kernels.integrations.running import RunningStatistics
-from deft_kernels.integrations.watch import Watch
 
 HOOKS = (integration.patch_model, integration.set_loss_function)
 

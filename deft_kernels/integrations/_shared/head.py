@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..dtensors import is_dtensor
+from ...dtensors import is_dtensor
 
 OWN_LOGITS = "use set_loss_function(model), which takes the model's own logits"
 ROWS, WORDS = 8, 64  # of the probe: enough numbers to tell one factor from any other function

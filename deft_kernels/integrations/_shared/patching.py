@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.inputs import RowLoss
-from ..linear import fused_linear_deft_loss
-from ..objectives import Objective
+from ...core.inputs import RowLoss
+from ...linear import fused_linear_deft_loss
+from ...objectives import Objective
 from . import head as heads
 from .aligned import refuse_aligned
 from .logits import ForCausalLM

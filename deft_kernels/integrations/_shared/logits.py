@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..core.inputs import RowLoss
-from ..functional import deft_loss
-from ..objectives import Objective
+from ...core.inputs import RowLoss
+from ...functional import deft_loss
+from ...objectives import Objective
 from .checks import check_caller
 from .proof import Calls
 from .running import RunningStatistics

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..core import inputs
-from ..core.inputs import RowLoss
-from ..core.keywords import meant
-from ..objectives import Objective
+from ...core import inputs
+from ...core.inputs import RowLoss
+from ...core.keywords import meant
+from ...objectives import Objective
 from .running import RunningStatistics
 
 # Keywords that a stack may pass on; the others of `deft_loss` are decided by the trainer's own call.
