@@ -14,8 +14,9 @@ from .core import checks
 from .core.agreement import validating
 from .core.groups import VocabShard, total
 from .core.reduction import class_weights
+from .core.settings import Request
 from .core.statistics import RowStatistics
-from .objectives import Objective, resolve
+from .objectives import Objective
 
 
 def refuse_dtensors(tensors: dict[str, Any], of: str) -> None:
@@ -132,31 +133,36 @@ class _Layout:
         return tensor
 
 
-def loss_of_dtensor(call: Callable[..., Any], logits: Any, labels: Any, keywords: dict[str, Any]) -> Any:
-    """`call`, which is `deft_loss`, on the local tensors; what comes back is a DTensor again.
+def loss_of_dtensor(call: Callable[..., Any], logits: Any, labels: Any, request: Request) -> Any:
+    """`call`, which is `functional.loss_of_logits`, on the local tensors; what comes back is a DTensor again.
 
     The rows of all ranks are one batch: a mean divides by the number of all of them, as `F.cross_entropy` of
     DTensors does, and `cayley` takes the mean p over all of them.
     """
-    layout = _checked(logits, labels, keywords)
-    weight, token_weight = keywords["weight"], keywords["token_weight"]
+    layout = _checked(logits, labels, request)
+    checks.check_token_weight(request.token_weight, labels, logits)
+    checks.check_class_weight(request.class_weight, logits, logits.shape[-1])
+    weight: Any = request.class_weight
     labels = layout.local(labels, "labels")
-    keywords["token_weight"] = layout.local(token_weight, "token_weight")
-    keywords["weight"] = weight.full_tensor() if is_dtensor(weight) else weight
-    keywords["num_items"] = layout.number(keywords["num_items"], "num_items")
+    request = request._replace(
+        token_weight=layout.local(request.token_weight, "token_weight"),
+        class_weight=weight.full_tensor() if is_dtensor(weight) else weight,
+        num_items=layout.number(request.num_items, "num_items"),
+        group=layout.group,
+    )
     if layout.batch:
-        _objective_over_all_rows(layout, keywords)
-        _count_all_rows(layout, logits, labels, keywords)
+        request = request._replace(objective=_over_all_rows(layout, request))
+        request = request._replace(num_items=_count_all_rows(layout, logits, labels, request))
     # Every rank that holds the same columns computes the same gradient: placements as the logits'.
     local = logits.to_local()
     before = local._version
-    if keywords["inplace"] and local.requires_grad:
+    if request.inplace and local.requires_grad:
         _move_version(local, logits)
-    result = call(local, labels, **keywords | {"group": layout.group})
+    result = call(local, labels, request)
     if local._version != before:
         torch.autograd.graph.increment_version(logits)
-    loss, stats = result if keywords["return_stats"] else (result, None)
-    loss = layout.row_tensor(loss) if keywords["reduction"] == "none" else layout.sum(loss)
+    loss, stats = result if request.return_stats else (result, None)
+    loss = layout.row_tensor(loss) if request.reduction == "none" else layout.sum(loss)
     return (loss, _record(layout, stats)) if stats is not None else loss
 
 
@@ -175,77 +181,65 @@ def _move_version(local: Tensor, logits: Any) -> None:
 
 
 def statistics_of_dtensor(
-    call: Callable[..., RowStatistics], logits: Any, labels: Any, keywords: dict[str, Any]
+    call: Callable[..., RowStatistics], logits: Any, labels: Any, request: Request
 ) -> RowStatistics:
-    """`call`, which is `row_statistics`, on the local tensors; statistics lie as the logits' rows do."""
-    layout = _checked(logits, labels, keywords)
+    """`call`, `functional.statistics_of_logits`, on the local tensors; statistics lie as the logits' rows."""
+    layout = _checked(logits, labels, request)
     labels = layout.local(labels, "labels")
     if layout.batch:
-        _count_all_rows(layout, logits, labels, keywords | {"reduction": "none"})
-    return _record(layout, call(logits.to_local(), labels, **keywords | {"group": layout.group}))
+        _count_all_rows(layout, logits, labels, request._replace(reduction="none"))
+    return _record(layout, call(logits.to_local(), labels, request._replace(group=layout.group)))
 
 
 def _record(layout: _Layout, stats: RowStatistics) -> RowStatistics:
     return RowStatistics(*(None if s is None else layout.row_tensor(s) for s in stats))  # type: ignore[arg-type]
 
 
-def _checked(logits: Any, labels: Any, keywords: dict[str, Any]) -> _Layout:
+def _checked(logits: Any, labels: Any, request: Request) -> _Layout:
     """The logits' layout; raises, before anything is sent, for what all ranks see: shapes are global ones."""
-    if keywords["group"] is not None:
+    if request.group is not None:
         raise ValueError("group: the logits are a DTensor, whose mesh says who holds which columns")
     checks.check_logits(logits)
     layout = _Layout(logits)
     checks.check_labels(labels, logits)
-    checks.label("ignore_index", keywords["ignore_index"])
-    if checks.flag("shift", keywords["shift"]) and layout.time_is_split:
+    if request.shift and layout.time_is_split:
         raise ValueError("shift: the time dimension is sharded; shift the labels beforehand")
-    if "reduction" in keywords:
-        checks.check_reduction(keywords["reduction"])
-        checks.check_token_weight(keywords["token_weight"], labels, logits)
-        checks.number_of_items(keywords["num_items"], keywords["reduction"])
-        checks.check_class_weight(keywords["weight"], logits, logits.shape[-1])
-        for name in ("inplace", "return_stats"):
-            checks.flag(name, keywords[name])
     return layout
 
 
-def _objective_over_all_rows(layout: _Layout, keywords: dict[str, Any]) -> None:
-    """Make cayley's mean p that of the rows of all ranks."""
-    objective = keywords["objective"]
-    described = objective if callable(objective) else resolve(objective)
-    keywords["objective"] = described
-    if not isinstance(described, Objective):
-        return
-    own_mean = keywords["reduction"] == "mean" and keywords["num_items"] is None
-    if described.has_band and own_mean:
+def _over_all_rows(layout: _Layout, request: Request) -> Any:
+    """The objective, with the mean p of `cayley` that of the rows of all ranks."""
+    objective = request.objective
+    if not isinstance(objective, Objective):
+        return objective
+    own_mean = request.reduction == "mean" and request.num_items is None
+    if objective.has_band and own_mean:
         raise ValueError("objective: a band on p with a mean over rows that are sharded: pass num_items")
-    if not described.needs_batch or described.batch_group:
-        return
+    if not objective.needs_batch or objective.batch_group:
+        return objective
     if len(layout.batch) > 1:
         raise ValueError(
             "objective: cayley's mean p over rows that two mesh dimensions shard; pass mean_prob or "
             "batch_group"
         )
-    name = layout.mesh.get_group(layout.batch[0]).group_name
-    keywords["objective"] = replace(described, batch_group=name)
+    return replace(objective, batch_group=layout.mesh.get_group(layout.batch[0]).group_name)
 
 
-def _count_all_rows(layout: _Layout, logits: Any, labels: Tensor, keywords: dict[str, Any]) -> None:
-    """Make the mean's denominator that of the rows of all ranks, and their labels' range an error of all.
+def _count_all_rows(layout: _Layout, logits: Any, labels: Tensor, request: Request) -> Any:
+    """num_items: the mean's denominator, that of the rows of all ranks; their labels' range an error of all.
 
     Where the denominator is asked for, the number of wrong labels goes with it. Elsewhere it would be a
     message of its own, sent under validation only; without it just the rank that sees a wrong label raises.
     """
-    ignore_index, size = keywords["ignore_index"], logits.shape[-1]
+    ignore_index, size, weight = request.ignore_index, logits.shape[-1], request.class_weight
     counted = labels.long()
-    if keywords["shift"]:
+    if request.shift:
         counted = torch.nn.functional.pad(counted[..., 1:], (0, 1), value=ignore_index)
     valid = counted != ignore_index
     wrong = ((counted < 0) | (counted >= size)) & valid
     visible = labels.device.type == "cpu" or validating()
-    own_mean = keywords["reduction"] == "mean" and keywords.get("num_items") is None
+    own_mean = request.reduction == "mean" and request.num_items is None
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    weight = keywords.get("weight")
     kept = valid if weight is None else torch.where(valid, class_weights(weight, counted, dtype), 0.0)
     sums = torch.stack([kept.sum().to(dtype), wrong.sum().to(dtype)])
     if own_mean or validating():
@@ -261,8 +255,7 @@ def _count_all_rows(layout: _Layout, logits: Any, labels: Tensor, keywords: dict
             f"labels: another rank's rows hold a label outside [0, {size}) that is not ignore_index "
             f"({ignore_index}); the error of that rank says where"
         )
-    if own_mean:
-        keywords["num_items"] = sums[0]
+    return sums[0] if own_mean else request.num_items
 
 
 def whole(hidden: Any, weight: Any, bias: Any) -> tuple[Any, Any, Any]:

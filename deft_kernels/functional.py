@@ -2,76 +2,52 @@
 
 from __future__ import annotations
 
-import itertools
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from . import objectives, reference
 from .backends import choice
 from .core import checks
-from .core.groups import VocabShard
-from .core.inputs import RowLoss, aligned, described, own_rows, shard_of, statistics_record, transform
-from .core.keywords import named
-from .core.reduction import Reduction, Weighting, in_forward
+from .core.inputs import addressable, aligned, shard_of
+from .core.keywords import named, showing
+from .core.reduction import Weighting, in_forward, own_rows
+from .core.settings import LossOfLogits, OfRows, Request, checked
 from .core.spec import Spec
-from .core.statistics import Field, RowStatistics, detached, predicted_classes
+from .core.statistics import Field, RowStatistics, detached, predicted_classes, statistics_record
 from .core.validation import in_step
 from .dtensors import is_dtensor, loss_of_dtensor, refuse_dtensors, statistics_of_dtensor
 from .objectives import Objective
 from .operators import functions
 from .operators import logits as logits_operators
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
-
-def _addressable(logits: Tensor) -> Tensor:
-    """The logits with a unit stride along the vocabulary and at most two row strides; a copy only if not."""
-    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
-        return logits.contiguous()
-    if logits.dim() <= 3:
-        return logits
-    leading = list(zip(logits.shape[:-1], logits.stride()[:-1], strict=True))
-    merged = 1
-    for (_, outer), (size, inner) in itertools.pairwise(leading):
-        merged += outer != size * inner
-    return logits if merged <= 2 else logits.contiguous()
+Loss = Tensor | tuple[Tensor, RowStatistics]
 
 
 @overload
-def deft_loss(
-    logits: Tensor, labels: Tensor, *, return_stats: Literal[False] = False, **keywords: Any
-) -> Tensor: ...
-@overload
-def deft_loss(
-    logits: Tensor, labels: Tensor, *, return_stats: Literal[True], **keywords: Any
-) -> tuple[Tensor, RowStatistics]: ...
-@named  # type: ignore[misc]  # the overloads tell the return type apart, not the keywords
-@in_step("logits", 0, -1)
 def deft_loss(
     logits: Tensor,
     labels: Tensor,
     *,
-    objective: str | Objective | RowLoss = "deft",
-    reduction: Reduction = "mean",
-    ignore_index: int = -100,
-    token_weight: Tensor | None = None,
-    weight: Tensor | None = None,
-    num_items: Tensor | float | None = None,
-    shift: bool = False,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    temperature: float = 1.0,
-    z_loss: float = 0.0,
-    label_smoothing: float = 0.0,
-    inplace: bool = False,
-    grad_in_forward: bool | None = None,
-    return_stats: bool = False,
-    group: ProcessGroup | VocabShard | None = None,
-    backend: str = "auto",
-) -> Tensor | tuple[Tensor, RowStatistics]:
+    return_stats: Literal[False] = False,
+    **keywords: Unpack[LossOfLogits],
+) -> Tensor: ...
+@overload
+def deft_loss(
+    logits: Tensor, labels: Tensor, *, return_stats: Literal[True], **keywords: Unpack[LossOfLogits]
+) -> tuple[Tensor, RowStatistics]: ...
+@overload
+def deft_loss(
+    logits: Tensor, labels: Tensor, *, return_stats: bool, **keywords: Unpack[LossOfLogits]
+) -> Loss: ...
+@named
+@in_step("logits", 0, -1)
+@showing(LossOfLogits)
+def deft_loss(
+    logits: Tensor, labels: Tensor, *, return_stats: bool = False, **keywords: Unpack[LossOfLogits]
+) -> Loss:
     """Token loss with a trust gate; a drop-in for `torch.nn.functional.cross_entropy` on [..., V] logits.
 
     With p = softmax(z), z = softcap tanh(logit_scale logits / softcap) / temperature, y the label of a row:
@@ -141,83 +117,48 @@ def deft_loss(
         backward() and torch.autograd; neither forward mode nor torch.func (backend="reference": any).
     Source: DEFT, arXiv:2602.11424.
     """
-    objective = described(objective)
-    ignore_index = checks.label("ignore_index", ignore_index)
+    request = checked(keywords, return_stats)
     if is_dtensor(logits):
-        return loss_of_dtensor(deft_loss, logits, labels, {
-            "objective": objective, "reduction": reduction, "ignore_index": ignore_index,
-            "token_weight": token_weight, "weight": weight, "num_items": num_items, "shift": shift,
-            "logit_scale": logit_scale, "softcap": softcap, "temperature": temperature, "z_loss": z_loss,
-            "label_smoothing": label_smoothing, "inplace": inplace, "grad_in_forward": grad_in_forward,
-            "return_stats": return_stats, "group": group, "backend": backend,
-        })  # fmt: skip
-    given = {"labels": labels, "token_weight": token_weight, "weight": weight, "num_items": num_items}
-    refuse_dtensors(given, "logits")
-    checks.check_logits(logits, part=group is not None)
+        return loss_of_dtensor(loss_of_logits, logits, labels, request)
+    return loss_of_logits(logits, labels, request)
+
+
+def loss_of_logits(logits: Tensor, labels: Tensor, request: Request) -> Loss:
+    """`deft_loss` of plain tensors."""
+    objective, weight, ignore_index = request.objective, request.class_weight, request.ignore_index
+    given = {"labels": labels, "token_weight": request.token_weight, "weight": weight}
+    refuse_dtensors(given | {"num_items": request.num_items}, "logits")
+    checks.check_logits(logits, part=request.group is not None)
     checks.check_labels(labels, logits)
-    checks.check_reduction(reduction)
-    checks.check_token_weight(token_weight, labels, logits)
-    num_items = checks.number_of_items(num_items, reduction)
-    for name, value in (("shift", shift), ("inplace", inplace), ("return_stats", return_stats)):
-        checks.flag(name, value)
-    if grad_in_forward is not None:
-        checks.flag("grad_in_forward", grad_in_forward)
-    settings = transform(logit_scale, softcap, temperature)
-    settings["z_loss"] = checks.number("z_loss", z_loss, 0.0)
-    settings["label_smoothing"] = checks.number("label_smoothing", label_smoothing, 0.0, 1.0)
-    chosen = choice.choose(backend, logits.device, logits.dtype)
-    shard = shard_of(group, logits.shape[-1], logits.device, chosen, labels, ignore_index, weight)
+    checks.check_token_weight(request.token_weight, labels, logits)
+    chosen = choice.choose(request.backend, logits.device, logits.dtype)
+    shard = shard_of(request.group, logits.shape[-1], logits.device, chosen, labels, ignore_index, weight)
     vocabulary = logits.shape[-1] if shard is None else shard.size
     checks.check_class_weight(weight, logits, vocabulary)
-    shape, flat = labels.shape, aligned(labels, shift, ignore_index)
-    weight = None if weight is None else weight.contiguous()
-    weighting = Weighting(reduction, token_weight, weight, num_items)
-
+    shape, flat = labels.shape, aligned(labels, request.shift, ignore_index)
+    weighting = request.weighting()
     if not isinstance(objective, Objective):
-        _refuse_for_function(inplace, grad_in_forward, settings["label_smoothing"])
-        stats = row_statistics(
-            logits,
-            flat.reshape(shape),
-            ignore_index=ignore_index,
-            logit_scale=logit_scale,
-            softcap=softcap,
-            temperature=temperature,
-            group=group,
-            backend=backend,
-        )
-        valid = flat != ignore_index
-        loss = weighting.reduce(
-            own_rows(objective, stats, weight, flat, valid, settings["z_loss"]), valid, flat
-        )
-        loss = loss.reshape(shape) if reduction == "none" else loss
-        return (loss, detached(stats)) if return_stats else loss
-
+        _refuse_for_function(request)
+        return _loss_of_function(objective, logits, flat, shape, weighting, request)
     if chosen == "reference":
-        for name, asked in (("inplace", inplace), ("grad_in_forward", grad_in_forward)):
-            if asked:
-                raise ValueError(f'{name}: not available with backend="reference", which uses autograd')
-        if objective.batch_group:
-            raise ValueError('batch_group: not available with backend="reference", which is one process')
-        return _reference(
-            logits, flat.reshape(shape), objective, weighting, ignore_index, settings, return_stats
-        )
+        return _reference(objective, logits, flat.reshape(shape), request)
 
     checks.check_no_transform(logits)
-    if inplace:
+    if request.inplace:
         checks.check_inplace(logits)
-    spec = Spec(objective, **settings, statistics=return_stats, inplace=inplace, backend=chosen, shard=shard)
-    logits = _addressable(logits)
+    spec = request.spec(objective, chosen, shard, statistics=request.return_stats)
+    logits = addressable(logits)
     # Asked first, as what cannot be honoured raises in evaluation too.
-    forward = in_forward(grad_in_forward, spec, weighting, logits)
+    forward = in_forward(request.grad_in_forward, spec, weighting, logits)
     if forward and torch.is_grad_enabled() and logits.requires_grad:
         loss, rows = _loss_with_gradient(logits, flat, weighting, ignore_index, spec)
     elif _few_launches(logits, flat, weighting, spec) and not objective.has_band:
         loss, rows = functions.mean_loss(logits, flat, ignore_index, spec)
     else:
-        row_losses, rows = functions.row_loss(logits, flat, weight, ignore_index, spec)
+        row_losses, rows = functions.row_loss(logits, flat, weighting.class_weight, ignore_index, spec)
         loss = weighting.reduce(row_losses, rows[Field.KEPT] != 0, flat)
-        loss = loss.reshape(shape) if reduction == "none" else loss
-    return (loss, statistics_record(rows, shape, vocabulary)) if return_stats else loss
+        loss = loss.reshape(shape) if request.reduction == "none" else loss
+    return (loss, statistics_record(rows, shape, vocabulary)) if request.return_stats else loss
 
 
 def _few_launches(logits: Tensor, labels: Tensor, weighting: Weighting, spec: Spec) -> bool:
@@ -236,54 +177,50 @@ def _loss_with_gradient(
     return functions.loss_with_gradient(logits, labels, scale, weighting.class_weight, ignore_index, spec)
 
 
-def _refuse_for_function(inplace: bool, in_forward: bool | None, smoothing: float) -> None:
-    given = {"inplace": inplace, "grad_in_forward": bool(in_forward), "label_smoothing": smoothing > 0}
+def _refuse_for_function(request: Request) -> None:
+    given = {
+        "inplace": request.inplace,
+        "grad_in_forward": bool(request.grad_in_forward),
+        "label_smoothing": request.label_smoothing > 0,
+    }
     for name, value in given.items():
         if value:
             raise ValueError(f"{name}: not available with an objective that is a function of RowStatistics")
 
 
-def _reference(
+def _loss_of_function(
+    objective: Any,
     logits: Tensor,
-    labels: Tensor,
-    objective: Objective,
+    flat: Tensor,
+    shape: torch.Size,
     weighting: Weighting,
-    ignore_index: int,
-    settings: dict[str, float],
-    return_stats: bool,
-) -> Any:
-    checks.check_label_range(labels.reshape(-1), logits.shape[-1], ignore_index)
-    loss, stats = reference.loss(
-        logits,
-        labels,
-        objective=objective,
-        reduction=weighting.reduction,
-        ignore_index=ignore_index,
-        token_weight=weighting.token_weight,
-        weight=weighting.class_weight,
-        num_items=weighting.num_items,
-        softcap=settings["softcap"] or None,
-        temperature=settings["temperature"],
-        z_loss=settings["z_loss"],
-        label_smoothing=settings["label_smoothing"],
-    )
-    return (loss, RowStatistics(**stats)) if return_stats else loss
+    request: Request,
+) -> Loss:
+    """Of an objective that is a function of differentiable statistics; `flat` labels are shifted already."""
+    stats = statistics_of_logits(logits, flat.reshape(shape), request._replace(shift=False))
+    valid = flat != request.ignore_index
+    rows = own_rows(objective, stats, weighting.class_weight, flat, valid, request.z_loss)
+    loss = weighting.reduce(rows, valid, flat)
+    loss = loss.reshape(shape) if request.reduction == "none" else loss
+    return (loss, detached(stats)) if request.return_stats else loss
+
+
+def _reference(objective: Objective, logits: Tensor, labels: Tensor, request: Request) -> Loss:
+    """`labels` are shifted already."""
+    for name, asked in (("inplace", request.inplace), ("grad_in_forward", request.grad_in_forward)):
+        if asked:
+            raise ValueError(f'{name}: not available with backend="reference", which uses autograd')
+    if objective.batch_group:
+        raise ValueError('batch_group: not available with backend="reference", which is one process')
+    checks.check_label_range(labels.reshape(-1), logits.shape[-1], request.ignore_index)
+    loss, stats = reference.loss(logits, labels, **request.for_reference())
+    return (loss, RowStatistics(**stats)) if request.return_stats else loss
 
 
 @named
 @in_step("logits", 0, -1)
-def row_statistics(
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    ignore_index: int = -100,
-    shift: bool = False,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    temperature: float = 1.0,
-    group: ProcessGroup | VocabShard | None = None,
-    backend: str = "auto",
-) -> RowStatistics:
+@showing(OfRows)
+def row_statistics(logits: Tensor, labels: Tensor, **keywords: Unpack[OfRows]) -> RowStatistics:
     """Differentiable statistics of each row: write an objective of your own in plain PyTorch over them.
 
         logp = z_y - lse,  lse = ln sum e^z,  collision = sum p^2,  entropy = -sum p ln p,  max_prob = max p
@@ -307,32 +244,39 @@ def row_statistics(
         With a group: one all-gather of 7 numbers a row in the forward, nothing in the backward.
     Source: docs/mathematics.md.
     """
+    request = checked(keywords)
     if is_dtensor(logits):
-        return statistics_of_dtensor(row_statistics, logits, labels, {
-            "ignore_index": ignore_index, "shift": shift, "logit_scale": logit_scale, "softcap": softcap,
-            "temperature": temperature, "group": group, "backend": backend,
-        })  # fmt: skip
+        return statistics_of_dtensor(statistics_of_logits, logits, labels, request)
+    return statistics_of_logits(logits, labels, request)
+
+
+def statistics_of_logits(logits: Tensor, labels: Tensor, request: Request) -> RowStatistics:
+    """`row_statistics` of plain tensors."""
+    ignore_index = request.ignore_index
     refuse_dtensors({"labels": labels}, "logits")
-    checks.check_logits(logits, part=group is not None)
+    checks.check_logits(logits, part=request.group is not None)
     checks.check_labels(labels, logits)
-    ignore_index = checks.label("ignore_index", ignore_index)
-    checks.flag("shift", shift)
-    settings = transform(logit_scale, softcap, temperature)
-    chosen = choice.choose(backend, logits.device, logits.dtype)
-    shard = shard_of(group, logits.shape[-1], logits.device, chosen, labels, ignore_index)
-    shape, flat = labels.shape, aligned(labels, shift, ignore_index)
+    chosen = choice.choose(request.backend, logits.device, logits.dtype)
+    shard = shard_of(request.group, logits.shape[-1], logits.device, chosen, labels, ignore_index)
+    shape, flat = labels.shape, aligned(labels, request.shift, ignore_index)
     if chosen == "reference":
         checks.check_label_range(flat, logits.shape[-1], ignore_index)
         valid = (flat != ignore_index).reshape(shape)
-        z = reference.transformed(logits, settings["softcap"] or None, settings["temperature"]).masked_fill(
-            ~valid.unsqueeze(-1), 0.0
-        )
+        z = reference.transformed(logits, request.softcap or None, request.temperature)
+        z = z.masked_fill(~valid.unsqueeze(-1), 0.0)
         values = reference.statistics(z, flat.reshape(shape), ignore_index)
         return RowStatistics(**reference.without_ignored(values, valid))
     checks.check_no_transform(logits)
-    spec = Spec(objectives.of_statistics(), **settings, statistics=True, backend=chosen, shard=shard)
+    spec = Spec(
+        objectives.of_statistics(),
+        softcap=request.softcap,
+        temperature=request.temperature,
+        statistics=True,
+        backend=chosen,
+        shard=shard,
+    )
     code, numbers = spec.encode()
-    outputs = logits_operators.row_statistics(_addressable(logits), flat, ignore_index, code, numbers)
+    outputs = logits_operators.row_statistics(addressable(logits), flat, ignore_index, code, numbers)
     logp, lse, collision, entropy, max_prob = (value.reshape(shape) for value in outputs[:5])
     correct = outputs[5][Field.CORRECT].reshape(shape) != 0
     predicted = predicted_classes(outputs[5], shape, spec.vocabulary(logits.shape[-1]))

@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from . import objectives
 from .backends import choice
 from .core import checks
-from .core.groups import VocabShard
-from .core.inputs import RowLoss, aligned, described, own_rows, shard_of, statistics_record, transform
-from .core.keywords import named
-from .core.reduction import Reduction, Weighting, in_forward_obstacle
+from .core.inputs import aligned, shard_of
+from .core.keywords import named, showing
+from .core.reduction import Weighting, in_forward_obstacle, own_rows
+from .core.settings import LossOfHidden, checked
 from .core.spec import Spec
-from .core.statistics import Field, RowStatistics, detached, predicted_classes
+from .core.statistics import Field, RowLoss, RowStatistics, detached, predicted_classes, statistics_record
 from .core.validation import in_step
 from .dtensors import is_dtensor, refuse_dtensors, whole
-from .functional import deft_loss
+from .functional import Loss, loss_of_logits
 from .objectives import Objective
 from .operators import hidden as hidden_operators
 from .operators.chunk_gradients import HALF
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 # Bytes of the chunk buffer; docs/linear.md has the measurements, on a CPU and on an H200.
 CHUNK_BYTES = {"cpu": 32 * 2**20}
@@ -70,7 +68,7 @@ def _product_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch
     return hidden.dtype
 
 
-def _budget(chunk_bytes: Any, hidden: Tensor, columns: int, product: torch.dtype, summed: bool) -> int:
+def _budget(chunk_bytes: int | None, hidden: Tensor, columns: int, product: torch.dtype, summed: bool) -> int:
     """Bytes of the chunk buffer. columns: of the logits, as every rank counts them.
 
     summed: several chunks would need the weight's gradient in fp32 beside them. Where one chunk takes no more
@@ -82,10 +80,7 @@ def _budget(chunk_bytes: Any, hidden: Tensor, columns: int, product: torch.dtype
         one = hidden.numel() // hidden.shape[-1] * columns * product.itemsize
         sums = 4 * columns * hidden.shape[-1] if summed and product in HALF else 0
         return max(one, 1) if one <= CHUNK_BYTES_ELSEWHERE + sums else CHUNK_BYTES_ELSEWHERE
-    budget: int = checks.integer("chunk_bytes", chunk_bytes)
-    if budget < 1:
-        raise ValueError(f"chunk_bytes: expected a positive number of bytes, got {budget}")
-    return budget
+    return chunk_bytes
 
 
 @overload
@@ -96,7 +91,7 @@ def fused_linear_deft_loss(
     bias: Tensor | None = None,
     *,
     return_stats: Literal[False] = False,
-    **keywords: Any,
+    **keywords: Unpack[LossOfHidden],
 ) -> Tensor: ...
 @overload
 def fused_linear_deft_loss(
@@ -106,33 +101,30 @@ def fused_linear_deft_loss(
     bias: Tensor | None = None,
     *,
     return_stats: Literal[True],
-    **keywords: Any,
+    **keywords: Unpack[LossOfHidden],
 ) -> tuple[Tensor, RowStatistics]: ...
-@named  # type: ignore[misc]  # the overloads tell the return type apart
-@in_step("weight", 1, 0)
+@overload
 def fused_linear_deft_loss(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
     bias: Tensor | None = None,
     *,
-    objective: str | Objective | RowLoss = "deft",
-    reduction: Reduction = "mean",
-    ignore_index: int = -100,
-    token_weight: Tensor | None = None,
-    class_weight: Tensor | None = None,
-    num_items: Tensor | float | None = None,
-    shift: bool = False,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    temperature: float = 1.0,
-    z_loss: float = 0.0,
-    label_smoothing: float = 0.0,
-    chunk_bytes: int | None = None,
+    return_stats: bool,
+    **keywords: Unpack[LossOfHidden],
+) -> Loss: ...
+@named
+@in_step("weight", 1, 0)
+@showing(LossOfHidden)
+def fused_linear_deft_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
     return_stats: bool = False,
-    group: ProcessGroup | VocabShard | None = None,
-    backend: str = "auto",
-) -> Tensor | tuple[Tensor, RowStatistics]:
+    **keywords: Unpack[LossOfHidden],
+) -> Loss:
     """`deft_loss` of a linear layer's logits, from its input, without ever holding all logits.
 
         deft_loss(logit_scale * F.linear(hidden, weight, bias), labels, weight=class_weight, ...)
@@ -175,56 +167,47 @@ def fused_linear_deft_loss(
         for cayley's mean p.
     Source: DEFT, arXiv:2602.11424.
     """
-    objective = described(objective)
-    checks.check_reduction(reduction)
-    ignore_index = checks.label("ignore_index", ignore_index)
-    num_items = checks.number_of_items(num_items, reduction)
-    for name, value in (("shift", shift), ("return_stats", return_stats)):
-        checks.flag(name, value)
-    if group is not None and (is_dtensor(weight) or is_dtensor(bias)):
+    request = checked(keywords, return_stats)
+    if request.group is not None and (is_dtensor(weight) or is_dtensor(bias)):
         raise ValueError("group: weight and bias are to be this rank's own rows; pass weight.to_local()")
-    given = {"labels": labels, "token_weight": token_weight, "class_weight": class_weight}
-    refuse_dtensors(given | {"num_items": num_items}, "hidden")
+    given = {"labels": labels, "token_weight": request.token_weight, "class_weight": request.class_weight}
+    refuse_dtensors(given | {"num_items": request.num_items}, "hidden")
     hidden, weight, bias = whole(hidden, weight, bias)
-    _check_head(hidden, weight, bias, group is not None)
+    _check_head(hidden, weight, bias, request.group is not None)
     outline = checks.Outline((*hidden.shape[:-1], weight.shape[0]), hidden.device)
     checks.check_labels(labels, outline)
-    checks.check_token_weight(token_weight, labels, outline)
-    settings = transform(logit_scale, softcap, temperature)
-    settings["z_loss"] = checks.number("z_loss", z_loss, 0.0)
-    settings["label_smoothing"] = checks.number("label_smoothing", label_smoothing, 0.0, 1.0)
+    checks.check_token_weight(request.token_weight, labels, outline)
     product = _product_dtype(hidden, weight, bias)
-    chosen = choice.choose(backend, hidden.device, product)
-    shard = shard_of(group, weight.shape[0], hidden.device, chosen, labels, ignore_index, class_weight)
+    chosen = choice.choose(request.backend, hidden.device, product)
+    ignore_index, class_weight = request.ignore_index, request.class_weight
+    shard = shard_of(
+        request.group, weight.shape[0], hidden.device, chosen, labels, ignore_index, class_weight
+    )
     vocabulary = weight.shape[0] if shard is None else shard.size
-    columns = vocabulary if shard is None else -(-shard.size // shard.ranks)
-    summed = torch.is_grad_enabled() and weight.requires_grad
-    budget = _budget(chunk_bytes, hidden, columns, product, summed)
     checks.check_class_weight(class_weight, outline, vocabulary, "class_weight")
     if chosen == "reference":
-        options: dict[str, Any] = {"num_items": num_items, "shift": shift, "return_stats": return_stats}
-        options |= {"objective": objective, "reduction": reduction, "ignore_index": ignore_index, **settings}
-        options |= {"logit_scale": logit_scale, "softcap": softcap, "temperature": temperature}
-        options |= {"token_weight": token_weight, "weight": class_weight}
-        logits = torch.nn.functional.linear(hidden, weight, bias)
-        return deft_loss(logits, labels, backend=backend, **options)
+        return loss_of_logits(torch.nn.functional.linear(hidden, weight, bias), labels, request)
 
-    class_weight = None if class_weight is None else class_weight.contiguous()
-    call = _Call(hidden, weight, bias, aligned(labels, shift, ignore_index), ignore_index, product, budget)
-    weighting = Weighting(reduction, token_weight, class_weight, num_items)
+    columns = vocabulary if shard is None else -(-shard.size // shard.ranks)
+    summed = torch.is_grad_enabled() and weight.requires_grad
+    budget = _budget(request.chunk_bytes, hidden, columns, product, summed)
+    flat = aligned(labels, request.shift, ignore_index)
+    call = _Call(hidden, weight, bias, flat, ignore_index, product, budget)
+    weighting, objective, shape = request.weighting(), request.objective, labels.shape
     if not isinstance(objective, Objective):
-        if settings["label_smoothing"] > 0:
+        if request.label_smoothing > 0:
             raise ValueError(
                 "label_smoothing: not available with an objective that is a function of RowStatistics"
             )
-        spec = Spec(objectives.of_statistics(), **settings, statistics=True, backend=chosen, shard=shard)
-        loss, stats = call.of_function(objective, spec, weighting, labels.shape)
-        loss = loss.reshape(labels.shape) if reduction == "none" else loss
-        return (loss, stats) if return_stats else loss
-    spec = Spec(objective, **settings, statistics=return_stats, backend=chosen, shard=shard)
-    loss, rows = call.of_objective(spec, weighting)
-    loss = loss.reshape(labels.shape) if reduction == "none" else loss
-    return (loss, statistics_record(rows, labels.shape, vocabulary)) if return_stats else loss
+        spec = request.spec(objectives.of_statistics(), chosen, shard, statistics=True)
+        stats: RowStatistics | None
+        loss, stats = call.of_function(objective, spec, weighting, shape)
+    else:
+        spec = request.spec(objective, chosen, shard, statistics=return_stats)
+        loss, rows = call.of_objective(spec, weighting)
+        stats = statistics_record(rows, shape, vocabulary) if return_stats else None
+    loss = loss.reshape(shape) if request.reduction == "none" else loss
+    return loss if stats is None or not return_stats else (loss, stats)
 
 
 class _Call:

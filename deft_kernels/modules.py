@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-from .core.inputs import RowLoss, described
-from .core.keywords import named, unknown
-from .core.reduction import Reduction
+from .core.inputs import described
+from .core.keywords import named, showing, unknown
+from .core.settings import DEFAULTS, OfBatch, OfHidden, OfLogits
 from .core.statistics import RowStatistics
 from .functional import deft_loss
 from .linear import fused_linear_deft_loss
@@ -18,110 +19,83 @@ from .objectives import Objective
 class _Loss(nn.Module):
     """What the modules share: an objective, and keywords that are checked where they are written."""
 
-    # Of the functions behind the modules: keywords of a module's call, not of its making.
-    PER_CALL = ("token_weight", "num_items")
-
-    def __init__(
-        self, own: set[str], objective: str | Objective | RowLoss, keywords: dict[str, Any], **others: Any
-    ):
+    def __init__(self, own: str, table: Any, keywords: dict[str, Any]):
         super().__init__()
-        known = own | set(others) | {"shift", "logit_scale", "softcap", "temperature", "z_loss"}
-        known |= {"return_stats", "group", "backend"}
+        known = {own, "return_stats", *table.__annotations__}
         title = type(self).__name__
         for name in keywords:
-            if name in self.PER_CALL:
+            if name in OfBatch.__annotations__:
                 raise TypeError(f"{name}: belongs to the call of a {title}, {title}(...)(..., {name}=...)")
             if name not in known:
-                raise unknown(title, known | {"objective"}, name)
+                raise unknown(title, known, name)
         # An objective that is a module has its parameters trained, moved and saved with this one.
-        self.objective = described(objective)
-        self.keywords = keywords | others
+        self.objective = described(keywords.get("objective", DEFAULTS["objective"]))
+        self.keywords = {name: value for name, value in keywords.items() if name != "objective"}
 
     def extra_repr(self) -> str:
         objective = self.objective
         name = objective.name if isinstance(objective, Objective) else repr(objective)
-        return f"objective={name}, reduction={self.keywords['reduction']}"
+        return f"objective={name}, reduction={self.keywords.get('reduction', DEFAULTS['reduction'])}"
 
 
 class DEFTLoss(_Loss):
     """`deft_loss` as a module; a drop-in for `nn.CrossEntropyLoss` on [..., V] logits and [...] labels.
 
     Args: the keywords of `deft_loss`; `weight` [V] becomes a buffer, so that it moves with the module, and
-        an `objective` that is a module becomes a submodule.
+        an `objective` that is a module becomes a submodule. token_weight and num_items go with each call.
     Shape: logits [..., V], labels [...]; a scalar, or [...] with reduction="none".
     Raises: as `deft_loss`; an unknown keyword or objective raises here already.
     """
 
     weight: Tensor | None
 
+    @showing(OfLogits)
     def __init__(
-        self,
-        weight: Tensor | None = None,
-        *,
-        objective: str | Objective | RowLoss = "deft",
-        reduction: Reduction = "mean",
-        ignore_index: int = -100,
-        label_smoothing: float = 0.0,
-        **keywords: Any,
+        self, weight: Tensor | None = None, *, return_stats: bool = False, **keywords: Unpack[OfLogits]
     ):
-        super().__init__(
-            {"weight", "inplace", "grad_in_forward"},
-            objective,
-            keywords,
-            reduction=reduction,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-        )
+        super().__init__("weight", OfLogits, {"return_stats": return_stats, **keywords})
         self.register_buffer("weight", weight)
 
     @named
+    @showing(OfBatch)
     def forward(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        *,
-        token_weight: Tensor | None = None,
-        num_items: Tensor | float | None = None,
+        self, logits: Tensor, labels: Tensor, **keywords: Unpack[OfBatch]
     ) -> Tensor | tuple[Tensor, RowStatistics]:
-        own: dict[str, Any] = {"weight": self.weight, "token_weight": token_weight, "num_items": num_items}
-        return deft_loss(logits, labels, objective=self.objective, **own, **self.keywords)
+        own: dict[str, Any] = {"objective": self.objective, "weight": self.weight}
+        return deft_loss(logits, labels, **own, **self.keywords, **keywords)
 
 
 class FusedLinearDEFTLoss(_Loss):
     """`fused_linear_deft_loss` as a module; the lm_head's weight and bias stay the caller's.
 
     Args: the keywords of `fused_linear_deft_loss`; `class_weight` [V] becomes a buffer, and an `objective`
-        that is a module a submodule.
+        that is a module a submodule. token_weight and num_items go with each call.
     Shape: hidden [..., D], weight [V, D], labels [...], bias [V]; a scalar, or [...] with reduction="none".
     Raises: as `fused_linear_deft_loss`; an unknown keyword or objective raises here already.
     """
 
     class_weight: Tensor | None
 
+    @showing(OfHidden)
     def __init__(
         self,
         class_weight: Tensor | None = None,
         *,
-        objective: str | Objective | RowLoss = "deft",
-        reduction: Reduction = "mean",
-        **keywords: Any,
+        return_stats: bool = False,
+        **keywords: Unpack[OfHidden],
     ):
-        own = {"class_weight", "ignore_index", "label_smoothing", "chunk_bytes"}
-        super().__init__(own, objective, keywords, reduction=reduction)
+        super().__init__("class_weight", OfHidden, {"return_stats": return_stats, **keywords})
         self.register_buffer("class_weight", class_weight)
 
     @named
+    @showing(OfBatch)
     def forward(
         self,
         hidden: Tensor,
         weight: Tensor,
         labels: Tensor,
         bias: Tensor | None = None,
-        *,
-        token_weight: Tensor | None = None,
-        num_items: Tensor | float | None = None,
+        **keywords: Unpack[OfBatch],
     ) -> Tensor | tuple[Tensor, RowStatistics]:
-        own: dict[str, Any] = {"token_weight": token_weight, "num_items": num_items}
-        own["class_weight"] = self.class_weight
-        own["objective"] = self.objective
-        return fused_linear_deft_loss(hidden, weight, labels, bias, **own, **self.keywords)
+        own: dict[str, Any] = {"objective": self.objective, "class_weight": self.class_weight}
+        return fused_linear_deft_loss(hidden, weight, labels, bias, **own, **self.keywords, **keywords)

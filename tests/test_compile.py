@@ -9,6 +9,7 @@ import math
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -191,12 +192,23 @@ def test_every_operator_is_checked():
     "objective", [objectives.of_statistics(), objectives.deft(), objectives.eaft(detach=False)]
 )
 def test_settings_survive_the_schema(objective):
-    from dataclasses import replace
-
     from deft_kernels.core.spec import decode
 
     spec = Spec(objective.within("0.1<=p<=0.7"), 3.0, 0.7, 0.01, 0.1, True, True, "triton")
     assert decode(*spec.encode()) == replace(spec, objective=replace(spec.objective, name=objective.family))
+
+
+@pytest.mark.parametrize("name", ["mesh:tp", "100%", "a%3Ab:", ""])
+def test_a_group_of_any_name_survives_the_schema(name):
+    """A DeviceMesh gives its groups names of its own, which may hold what separates the code's fields."""
+    from deft_kernels.core.groups import Shard
+    from deft_kernels.core.spec import decode
+
+    spec = Spec(objectives.Objective("cayley", "deformed", "cayley", batch_group=name))
+    for shard in (None, Shard(3, 10, 2, name or "a", 4)):
+        given = replace(spec, shard=shard)
+        found = decode(*given.encode())
+        assert (found.shard, found.objective.batch_group) == (shard, name)
 
 
 def test_gradient_fields_leave_their_argument_alone(backend, device):

@@ -7,6 +7,7 @@ import inspect
 import pytest
 import torch
 
+import deft_kernels
 from deft_kernels import (
     DEFTLoss,
     FusedLinearDEFTLoss,
@@ -16,6 +17,7 @@ from deft_kernels import (
     row_statistics,
 )
 from deft_kernels.core import keywords
+from deft_kernels.core.settings import LossOfHidden, LossOfLogits, OfRows
 
 N, D, V = 4, 5, 7
 LOGITS, HIDDEN, HEAD = torch.randn(N, V), torch.randn(N, D), torch.randn(V, D)
@@ -115,3 +117,23 @@ def test_each_name_stands_for_one_thing_and_for_something_that_exists():
 def test_signatures_are_those_that_were_written():
     assert list(inspect.signature(deft_loss).parameters)[:3] == ["logits", "labels", "objective"]
     assert deft_loss.__name__ == "deft_loss" and "arXiv:2602.11424" in deft_loss.__doc__
+
+
+@pytest.mark.parametrize("call", ["deft_loss", "row_statistics", "fused_linear_deft_loss"])
+def test_every_declared_keyword_is_checked(call):
+    """One object that no keyword can be: each raises an error that begins with its name."""
+    table = {"deft_loss": LossOfLogits, "row_statistics": OfRows, "fused_linear_deft_loss": LossOfHidden}[
+        call
+    ]
+    for name in [*table.__annotations__, *(["return_stats"] if call != "row_statistics" else [])]:
+        with pytest.raises((TypeError, ValueError), match=f"^{name}: "):
+            CALLS[call](**{name: object()})
+
+
+@pytest.mark.parametrize("call", ["deft_loss", "row_statistics", "fused_linear_deft_loss"])
+def test_defaults_are_those_of_the_signature(call):
+    """Said out loud, a default changes nothing."""
+    kinds = inspect.signature(getattr(deft_kernels, call)).parameters.values()
+    said = {p.name: p.default for p in kinds if p.kind is p.KEYWORD_ONLY}
+    first, second = CALLS[call](), CALLS[call](**said)
+    assert torch.equal(*(x if isinstance(x, torch.Tensor) else x.logp for x in (first, second)))

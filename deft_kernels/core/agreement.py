@@ -50,13 +50,9 @@ def objective_terms(spec: Spec) -> tuple[Any, ...]:
     return o.family, o.focus, o.alpha, o.eps, o.power, o.top_k, o.detach, o.low, o.high
 
 
-def setting_terms(spec: Spec) -> tuple[float, ...]:
-    return spec.softcap, spec.temperature, spec.z_loss, spec.label_smoothing
-
-
 @lru_cache(maxsize=256)
 def _terms(spec: Spec, ignore_index: int) -> int:
-    return fingerprint((objective_terms(spec), setting_terms(spec), ignore_index))
+    return fingerprint((objective_terms(spec), spec.settings(), ignore_index))
 
 
 def _g(terms: tuple[int, ...], column: int) -> int:

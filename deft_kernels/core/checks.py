@@ -138,6 +138,13 @@ def integer(name: str, value: Any) -> Any:
     return int(value)
 
 
+def bytes_of(name: str, value: Any) -> int:
+    size: int = integer(name, value)
+    if size < 1:
+        raise ValueError(f"{name}: expected a positive number of bytes, got {size}")
+    return size
+
+
 def label(name: str, value: Any) -> Any:
     """`value` as an int that a label can have."""
     value = integer(name, value)

@@ -1,9 +1,9 @@
-"""What the public calls have in common: labels and settings on the way in, statistics on the way out."""
+"""What the public calls make of their arguments: objectives, labels, logits, the place of the columns."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import itertools
 from typing import Any
 
 import torch
@@ -13,10 +13,7 @@ from ..objectives import TABLE, Objective, resolve
 from . import checks
 from .agreement import validating
 from .groups import Shard, VocabShard, group_name, remember, resolved, vocabulary_of
-from .reduction import class_weights
-from .statistics import Field, RowStatistics, predicted_classes, with_stand_ins
-
-RowLoss = Callable[[RowStatistics], Tensor]
+from .statistics import RowLoss
 
 
 def described(objective: Any) -> Objective | RowLoss:
@@ -62,19 +59,6 @@ def aligned(labels: Tensor, shift: bool, ignore_index: int) -> Tensor:
     return labels.reshape(-1).contiguous()
 
 
-def transform(logit_scale: Any, softcap: Any, temperature: Any) -> dict[str, Any]:
-    """z = softcap tanh(logit_scale x / softcap) / temperature as a softcap and a temperature alone.
-
-    Those are the given ones divided by the scale, so that no kernel multiplies by it.
-    """
-    scale = checks.number("logit_scale", logit_scale, 0.0, above=True)
-    cap = 0.0 if softcap is None else checks.number("softcap", softcap, 0.0, above=True) / scale
-    return {
-        "softcap": cap,
-        "temperature": checks.number("temperature", temperature, 0.0, above=True) / scale,
-    }
-
-
 def shard_of(
     group: Any,
     width: int,
@@ -111,38 +95,14 @@ def _fits(group: Any, labels: Tensor, ignore_index: int, weight: Any) -> bool:
     return not bool(((labels >= size) & (labels != ignore_index)).any())
 
 
-def statistics_record(rows: Tensor, shape: torch.Size, vocabulary: int) -> RowStatistics:
-    def field(index: Field) -> Tensor:
-        return rows[index].reshape(shape)
-
-    return RowStatistics(
-        field(Field.LOGP),
-        field(Field.LSE),
-        field(Field.COLLISION),
-        field(Field.ENTROPY),
-        field(Field.MAX_PROB),
-        field(Field.CORRECT) != 0,
-        field(Field.ALPHA),
-        field(Field.GATE),
-        predicted_classes(rows, shape, vocabulary),
-    )
-
-
-def own_rows(
-    objective: RowLoss,
-    stats: RowStatistics,
-    weight: Tensor | None,
-    labels: Tensor,
-    valid: Tensor,
-    z_loss: float,
-) -> Tensor:
-    """Losses [N] of a function of the statistics, 0 where a row is not valid; labels and valid are flat."""
-    stats = with_stand_ins(stats, valid.reshape(stats.logp.shape))
-    rows = objective(stats)
-    if not isinstance(rows, Tensor) or rows.shape != stats.logp.shape:
-        got = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
-        raise ValueError(f"objective: must return one loss a row, shape {tuple(stats.logp.shape)}, got {got}")
-    if weight is not None:
-        rows = rows * class_weights(weight, labels, rows.dtype).reshape(rows.shape)
-    rows = rows + z_loss * stats.lse**2 if z_loss > 0 else rows
-    return torch.where(valid, rows.reshape(-1), 0.0)
+def addressable(logits: Tensor) -> Tensor:
+    """The logits with a unit stride along the vocabulary and at most two row strides; a copy only if not."""
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        return logits.contiguous()
+    if logits.dim() <= 3:
+        return logits
+    leading = list(zip(logits.shape[:-1], logits.stride()[:-1], strict=True))
+    merged = 1
+    for (_, outer), (size, inner) in itertools.pairwise(leading):
+        merged += outer != size * inner
+    return logits if merged <= 2 else logits.contiguous()

@@ -6,10 +6,11 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable, Iterable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
+C = TypeVar("C", bound=Callable[..., Any])
 
 # What PyTorch, Liger, flash-attention, flash-linear-attention, QuACK, Apple's CCE, Transformer Engine,
 # Megatron and transformers call it, by what this package does. A call takes the first that it has.
@@ -97,8 +98,31 @@ def unknown(call: str, known: Iterable[str], name: str) -> TypeError:
     return TypeError(f"{name}: not a keyword of {call}; {hint}")
 
 
+def declarations(table: Any) -> list[tuple[str, Any, Any]]:
+    """(name, type, default) of the keywords of a table of `settings`, in order."""
+    return [(name, kind.__origin__, kind.__metadata__[0]) for name, kind in table.__annotations__.items()]
+
+
+def showing(table: Any) -> Callable[[C], C]:
+    """For a function that takes the keywords of a table as `**keywords`: its signature shows each of them."""
+
+    def around(call: C) -> C:
+        signature = inspect.signature(call)
+        *parameters, _ = signature.parameters.values()
+        own = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
+        declared = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+            for name, kind, default in declarations(table)
+        ]
+        ahead = [p for p in parameters if p.kind is not p.KEYWORD_ONLY]
+        call.__signature__ = signature.replace(parameters=ahead + declared + own)  # type: ignore[attr-defined]
+        return call
+
+    return around
+
+
 def named(call: Callable[P, R]) -> Callable[P, R]:
-    """`call`, which raises `unknown` for a keyword that it does not have, whatever else is missing."""
+    """`call`, which raises `unknown` for a keyword that its signature does not show, before all else."""
     parameters = inspect.signature(call).parameters
     known = frozenset(name for name, p in parameters.items() if p.kind is not p.POSITIONAL_ONLY)
     title = call.__qualname__.removesuffix(".forward")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .spec import Spec
+from .statistics import RowLoss, RowStatistics, with_stand_ins
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -30,7 +31,7 @@ class Weighting:
     ):
         self.reduction = reduction
         self.token_weight = None if token_weight is None else token_weight.reshape(-1)
-        self.class_weight = class_weight
+        self.class_weight = None if class_weight is None else class_weight.contiguous()
         self.num_items = num_items.reshape(()) if isinstance(num_items, Tensor) else num_items
 
     def denominator(self, kept: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor | float:
@@ -104,3 +105,23 @@ def in_forward(wanted: bool | None, spec: Spec, weighting: Weighting, logits: Te
         return wanted
     pays = logits.device.type == "cpu" and spec.backend == "torch" and not torch.compiler.is_compiling()
     return reason is None and pays and not spec.inplace
+
+
+def own_rows(
+    objective: RowLoss,
+    stats: RowStatistics,
+    weight: Tensor | None,
+    labels: Tensor,
+    valid: Tensor,
+    z_loss: float,
+) -> Tensor:
+    """Losses [N] of a function of the statistics, 0 where a row is not valid; labels and valid are flat."""
+    stats = with_stand_ins(stats, valid.reshape(stats.logp.shape))
+    rows = objective(stats)
+    if not isinstance(rows, Tensor) or rows.shape != stats.logp.shape:
+        got = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+        raise ValueError(f"objective: must return one loss a row, shape {tuple(stats.logp.shape)}, got {got}")
+    if weight is not None:
+        rows = rows * class_weights(weight, labels, rows.dtype).reshape(rows.shape)
+    rows = rows + z_loss * stats.lse**2 if z_loss > 0 else rows
+    return torch.where(valid, rows.reshape(-1), 0.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any
 
@@ -43,11 +43,15 @@ class Spec:
         o = self.objective
         flags = f"{int(o.detach)}{int(self.statistics)}{int(self.inplace)}"
         start, size, ranks, group, known = self.shard or (0, 0, 0, "", 0)
-        place = f"{start}:{size}:{ranks}:{known}:{group}"
-        code = f"{len(Field)}:{o.family}:{o.focus}:{flags}:{self.backend}:{place}:{o.batch_group}"
+        place = f"{start}:{size}:{ranks}:{known}:{_quoted(group)}"
+        code = f"{len(Field)}:{o.family}:{o.focus}:{flags}:{self.backend}:{place}:{_quoted(o.batch_group)}"
         mean_prob = -1.0 if o.mean_prob is None else o.mean_prob
         numbers = [o.alpha, o.eps, o.power, o.top_k, o.low, o.high, mean_prob]
-        return code, [*numbers, self.softcap, self.temperature, self.z_loss, self.label_smoothing]
+        return code, [*numbers, *self.settings()]
+
+    def settings(self) -> tuple[float, ...]:
+        """The numbers that are not the objective's, in the order of their declaration."""
+        return tuple(getattr(self, name) for name in SETTINGS)
 
     def vocabulary(self, width: int) -> int:
         """V, of logits with `width` columns."""
@@ -81,6 +85,9 @@ class Spec:
         return not self.objective.detach and self.objective.focus in foci
 
 
+SETTINGS = tuple(field.name for field in fields(Spec) if field.type == "float")
+
+
 def log2_scale(temperature: float, dtype: torch.dtype = torch.float32) -> float:
     """k = log2(e) / temperature as the dtype of the passes holds it; no tensor, no device, no waiting."""
     k = 1.0 / math.log(2.0) / temperature
@@ -92,14 +99,25 @@ def decode(code: str, numbers: list[float]) -> Spec:
     return _decode(code, tuple(numbers))
 
 
+def _quoted(name: str) -> str:
+    """A group's name without the colons that part the code's fields."""
+    return name.replace("%", "%25").replace(":", "%3A")
+
+
+def _unquoted(name: str) -> str:
+    return name.replace("%3A", ":").replace("%25", "%")
+
+
 @lru_cache(maxsize=256)
 def _decode(code: str, numbers: tuple[float, ...]) -> Spec:
     _, family, focus, flags, backend, *place, group, batch_group = code.split(":")
     detach, statistics, inplace = (flag == "1" for flag in flags)
-    alpha, eps, power, top_k, low, high, mean_prob, softcap, temperature, z_loss, smoothing = numbers
+    alpha, eps, power, top_k, low, high, mean_prob, *settings = numbers
     given = None if mean_prob < 0 else mean_prob
     kind: tuple[Any, Any] = (family, focus)
-    objective = Objective(family, *kind, alpha, eps, power, top_k, detach, low, high, given, batch_group)
+    over = _unquoted(batch_group)
+    objective = Objective(family, *kind, alpha, eps, power, top_k, detach, low, high, given, over)
     start, size, ranks, known = (int(number) for number in place)
-    shard = Shard(start, size, ranks, group, known) if ranks else None
-    return Spec(objective, softcap, temperature, z_loss, smoothing, statistics, inplace, backend, shard)
+    shard = Shard(start, size, ranks, _unquoted(group), known) if ranks else None
+    named: dict[str, Any] = dict(zip(SETTINGS, settings, strict=True))
+    return Spec(objective, **named, statistics=statistics, inplace=inplace, backend=backend, shard=shard)

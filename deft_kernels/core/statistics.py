@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -35,6 +36,9 @@ class RowStatistics(NamedTuple):
     gate: Tensor | None = None
     predicted: Tensor | None = None
 
+
+# An objective of the caller's own: each row's loss from differentiable statistics.
+RowLoss = Callable[[RowStatistics], Tensor]
 
 # Classes that every fp32 number can tell apart, 1 to 2^24.
 COUNTABLE = 2**24
@@ -116,3 +120,22 @@ def pack(fields: Fields) -> Tensor:
     """[len(Field), R], in one operator instead of a store for each field."""
     zero = torch.zeros_like(fields[Field.LOGP])
     return torch.stack([fields.get(field, zero) for field in Field])
+
+
+def statistics_record(rows: Tensor, shape: torch.Size, vocabulary: int) -> RowStatistics:
+    """The public record of packed rows, detached."""
+
+    def field(index: Field) -> Tensor:
+        return rows[index].reshape(shape)
+
+    return RowStatistics(
+        field(Field.LOGP),
+        field(Field.LSE),
+        field(Field.COLLISION),
+        field(Field.ENTROPY),
+        field(Field.MAX_PROB),
+        field(Field.CORRECT) != 0,
+        field(Field.ALPHA),
+        field(Field.GATE),
+        predicted_classes(rows, shape, vocabulary),
+    )

@@ -26,7 +26,6 @@ from .agreement import (
     fingerprint_of,
     moved_or_wrong,
     objective_terms,
-    setting_terms,
     validating,
 )
 from .groups import Shard, VocabShard, all_gather, group_of, remember
@@ -95,7 +94,7 @@ def compare(
         "labels": fingerprint_of(labels),
         "ignore_index": fingerprint(ignore_index),
         "objective": fingerprint((objective_terms(spec), spec.objective.mean_prob)),
-        "softcap, temperature, z_loss or label_smoothing": fingerprint(setting_terms(spec)),
+        "softcap, temperature, z_loss or label_smoothing": fingerprint(spec.settings()),
         "weight (class weights)": 1 if class_weight is None else fingerprint_of(class_weight),
         "reduction, token_weight or num_items": 0 if row_scale is None else fingerprint_of(row_scale),
         "return_stats": 1 + spec.statistics,

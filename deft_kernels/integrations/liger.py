@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.inputs import RowLoss
 from ..core.reduction import class_weights
+from ..core.statistics import RowLoss
 from ..linear import fused_linear_deft_loss
 from ..objectives import Objective
 from ._shared import head as heads

@@ -7,7 +7,7 @@ from typing import Any
 from nemo_automodel.components.loss.masked_ce import MaskedCrossEntropy
 from torch import Tensor
 
-from ..core.inputs import RowLoss
+from ..core.statistics import RowLoss
 from ..dtensors import is_dtensor
 from ..functional import deft_loss
 from ..objectives import Objective

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..core.inputs import RowLoss
+from ..core.statistics import RowLoss
 from ..objectives import Objective
 from ._shared.checks import check_labels, check_trainer
 from ._shared.logits import ComputeLoss, ForCausalLM, compute_loss_func, for_causal_lm

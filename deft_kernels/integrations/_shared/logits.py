@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...core.inputs import RowLoss
+from ...core.statistics import RowLoss
 from ...functional import deft_loss
 from ...objectives import Objective
 from .checks import check_caller

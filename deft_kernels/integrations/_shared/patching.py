@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core.inputs import RowLoss
+from ...core.statistics import RowLoss
 from ...linear import fused_linear_deft_loss
 from ...objectives import Objective
 from . import head as heads

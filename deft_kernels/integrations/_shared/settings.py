@@ -1,4 +1,4 @@
-"""What every stack's call takes: an objective, keywords of the loss, and where the statistics go."""
+"""What every trainer's call takes: an objective, keywords of the loss, and where the statistics go."""
 
 from __future__ import annotations
 
@@ -7,14 +7,20 @@ from typing import Any
 from torch import Tensor
 
 from ...core import inputs
-from ...core.inputs import RowLoss
 from ...core.keywords import meant
+from ...core.settings import LossOfHidden, LossOfLogits
+from ...core.statistics import RowLoss
 from ...objectives import Objective
 from .running import RunningStatistics
 
-# Keywords that a stack may pass on; the others of `deft_loss` are decided by the trainer's own call.
-OF_LOGITS = ("temperature", "z_loss", "label_smoothing", "weight", "inplace", "grad_in_forward", "backend")
-OF_HIDDEN = ("temperature", "z_loss", "label_smoothing", "class_weight", "chunk_bytes", "backend")
+# Decided by the trainer's own call, or by the model, whose head scales and caps its logits.
+DECIDED = {"objective", "reduction", "ignore_index", "token_weight", "num_items", "shift", "group"} | {
+    "logit_scale",
+    "softcap",
+}
+# Keywords that a caller may pass on.
+OF_LOGITS = tuple(name for name in LossOfLogits.__annotations__ if name not in DECIDED)
+OF_HIDDEN = tuple(name for name in LossOfHidden.__annotations__ if name not in DECIDED)
 
 
 def described(objective: str | Objective | RowLoss) -> Objective | RowLoss:

@@ -1,0 +1,178 @@
+"""The keywords of the public calls: declared here, checked here, and then one frozen record.
+
+A keyword is a line of one of the tables, with its type and its default, which is where its name, the type
+checker's knowledge and the signature that `help` shows come from; a check in `checked`; and a field of the
+record that everything behind the public calls takes: `Request`.
+"""
+
+# No `from __future__ import annotations`: the defaults are read from the annotations.
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypedDict
+
+from torch import Tensor
+
+from ..objectives import Objective
+from . import checks
+from .groups import Shard, VocabShard
+from .inputs import described
+from .keywords import declarations
+from .reduction import Reduction, Weighting
+from .spec import Spec
+from .statistics import RowLoss
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class OfObjective(TypedDict, total=False):
+    """What is trained. Each annotation is the keyword's type and its default."""
+
+    objective: Annotated[str | Objective | RowLoss, "deft"]
+    reduction: Annotated[Reduction, "mean"]
+
+
+class OfBatch(TypedDict, total=False):
+    """What goes with the rows of one batch, and so with the call of a module, not its making."""
+
+    token_weight: Annotated[Tensor | None, None]
+    num_items: Annotated[Tensor | float | None, None]
+
+
+class OfRows(TypedDict, total=False):
+    """The keywords of `row_statistics`, which every call has."""
+
+    ignore_index: Annotated[int, -100]
+    shift: Annotated[bool, False]
+    logit_scale: Annotated[float, 1.0]
+    softcap: Annotated[float | None, None]
+    temperature: Annotated[float, 1.0]
+    group: Annotated["ProcessGroup | VocabShard | None", None]
+    backend: Annotated[str, "auto"]
+
+
+class OfLoss(OfObjective, OfRows, total=False):
+    z_loss: Annotated[float, 0.0]
+    label_smoothing: Annotated[float, 0.0]
+
+
+class OfLogits(OfLoss, total=False):
+    """The keywords of `DEFTLoss`."""
+
+    inplace: Annotated[bool, False]
+    grad_in_forward: Annotated[bool | None, None]
+
+
+class OfHidden(OfLoss, total=False):
+    """The keywords of `FusedLinearDEFTLoss`."""
+
+    chunk_bytes: Annotated[int | None, None]
+
+
+class LossOfLogits(OfLogits, OfBatch, total=False):
+    """The keywords of `deft_loss`."""
+
+    weight: Annotated[Tensor | None, None]
+
+
+class LossOfHidden(OfHidden, OfBatch, total=False):
+    """The keywords of `fused_linear_deft_loss`."""
+
+    class_weight: Annotated[Tensor | None, None]
+
+
+DEFAULTS = {
+    name: default for table in (LossOfLogits, LossOfHidden) for name, _, default in declarations(table)
+}
+
+
+class Request(NamedTuple):
+    """What a call asks for, its keywords checked as far as they can be without its tensors.
+
+    objective: a description, or a function of RowStatistics.  class_weight: `weight` in calls over logits.
+    softcap, temperature: z = softcap tanh(logits / softcap) / temperature, `logit_scale` folded in; a softcap
+    of 0 is none.
+    """
+
+    objective: Objective | RowLoss
+    reduction: Reduction
+    ignore_index: int
+    token_weight: Tensor | None
+    class_weight: Tensor | None
+    num_items: Tensor | float | None
+    shift: bool
+    softcap: float
+    temperature: float
+    z_loss: float
+    label_smoothing: float
+    inplace: bool
+    grad_in_forward: bool | None
+    chunk_bytes: int | None
+    return_stats: bool
+    group: Any
+    backend: str
+
+    def spec(self, objective: Objective, backend: str, shard: Shard | None, *, statistics: bool) -> Spec:
+        """What the operators have to know of it. backend: the one chosen; statistics: of every kind."""
+        return Spec(
+            objective,
+            self.softcap,
+            self.temperature,
+            self.z_loss,
+            self.label_smoothing,
+            statistics,
+            self.inplace,
+            backend,
+            shard,
+        )
+
+    def weighting(self) -> Weighting:
+        return Weighting(self.reduction, self.token_weight, self.class_weight, self.num_items)
+
+    def for_reference(self) -> dict[str, Any]:
+        """The keywords of `reference.loss`."""
+        return {
+            "objective": self.objective,
+            "reduction": self.reduction,
+            "ignore_index": self.ignore_index,
+            "token_weight": self.token_weight,
+            "weight": self.class_weight,
+            "num_items": self.num_items,
+            "softcap": self.softcap or None,
+            "temperature": self.temperature,
+            "z_loss": self.z_loss,
+            "label_smoothing": self.label_smoothing,
+        }
+
+
+def checked(keywords: Mapping[str, Any], return_stats: bool = False) -> Request:
+    """The record of a call's keywords, all of which it has.
+
+    Raises: TypeError, ValueError that name the keyword, for a value that no call can honour.
+    """
+    given = {**DEFAULTS, **keywords}
+    reduction = given["reduction"]
+    checks.check_reduction(reduction)
+    scale = checks.number("logit_scale", given["logit_scale"], 0.0, above=True)
+    cap = given["softcap"]
+    in_forward, chunk_bytes = given["grad_in_forward"], given["chunk_bytes"]
+    return Request(
+        described(given["objective"]),
+        reduction,
+        checks.label("ignore_index", given["ignore_index"]),
+        given["token_weight"],
+        given["weight"] if given["class_weight"] is None else given["class_weight"],
+        checks.number_of_items(given["num_items"], reduction),
+        checks.flag("shift", given["shift"]),
+        # Both divided by the scale, so that no kernel multiplies by it.
+        0.0 if cap is None else checks.number("softcap", cap, 0.0, above=True) / scale,
+        checks.number("temperature", given["temperature"], 0.0, above=True) / scale,
+        checks.number("z_loss", given["z_loss"], 0.0),
+        checks.number("label_smoothing", given["label_smoothing"], 0.0, 1.0),
+        checks.flag("inplace", given["inplace"]),
+        None if in_forward is None else checks.flag("grad_in_forward", in_forward),
+        None if chunk_bytes is None else checks.bytes_of("chunk_bytes", chunk_bytes),
+        checks.flag("return_stats", return_stats),
+        given["group"],
+        given["backend"],
+    )
