@@ -22,6 +22,7 @@ from .dtensors import is_dtensor, loss_of_dtensor, refuse_dtensors, statistics_o
 from .objectives import Objective
 from .operators import functions
 from .operators import logits as logits_operators
+from .operators.eager import watched
 
 Loss = Tensor | tuple[Tensor, RowStatistics]
 
@@ -163,7 +164,7 @@ def loss_of_logits(logits: Tensor, labels: Tensor, request: Request) -> Loss:
 
 def _few_launches(logits: Tensor, labels: Tensor, weighting: Weighting, spec: Spec) -> bool:
     """Whether kernels of the batch stand in for the reductions in PyTorch."""
-    return spec.backend == "triton" and weighting.counts_rows and not functions.watched(logits, labels)
+    return spec.backend == "triton" and weighting.counts_rows and not watched(logits, labels)
 
 
 def _loss_with_gradient(
@@ -276,7 +277,7 @@ def statistics_of_logits(logits: Tensor, labels: Tensor, request: Request) -> Ro
         shard=shard,
     )
     code, numbers = spec.encode()
-    outputs = logits_operators.row_statistics(addressable(logits), flat, ignore_index, code, numbers)
+    outputs = logits_operators.statistics(addressable(logits), flat, ignore_index, code, numbers)
     logp, lse, collision, entropy, max_prob = (value.reshape(shape) for value in outputs[:5])
     correct = outputs[5][Field.CORRECT].reshape(shape) != 0
     predicted = predicted_classes(outputs[5], shape, spec.vocabulary(logits.shape[-1]))

@@ -240,10 +240,10 @@ class _Call:
             dtype = torch.float64 if self.product == torch.float64 else torch.float32
             scale = weighting.row_scale(self.labels != self.ignore_index, self.labels, dtype)
             args = (*self.inputs, self.labels, scale, classes, *self._settings(spec))
-            loss, rows, *_ = hidden_operators.linear_loss_with_gradient(*args)
+            loss, rows, *_ = hidden_operators.loss_with_gradient(*args)
             return loss, rows
         args = (*self.inputs, self.labels, classes, *self._settings(spec))
-        loss, rows = hidden_operators.linear_row_loss(*args)
+        loss, rows = hidden_operators.row_loss(*args)
         return weighting.reduce(loss, rows[Field.KEPT] != 0, self.labels), rows
 
     def _in_forward(self, spec: Spec, weighting: Weighting) -> bool:
@@ -260,7 +260,7 @@ class _Call:
         """(loss, detached statistics) of an objective that is a function of differentiable statistics."""
         plain = replace(spec, z_loss=0.0, label_smoothing=0.0)
         args = (*self.inputs, self.labels, *self._settings(plain))
-        *vectors, rows = hidden_operators.linear_statistics(*args)
+        *vectors, rows = hidden_operators.statistics(*args)
         logp, lse, collision, entropy, max_prob = (vector.reshape(shape) for vector in vectors)
         correct = rows[Field.CORRECT].reshape(shape) != 0
         predicted = predicted_classes(rows, shape, spec.vocabulary(self.inputs[1].shape[0]))

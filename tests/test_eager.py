@@ -1,6 +1,9 @@
-"""Plain eager calls go by autograd Functions; whoever traces sees one operator (`operators.functions`)."""
+"""Plain eager calls go by autograd Functions; whoever traces sees one operator (`operators.eager`)."""
 
 from __future__ import annotations
+
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,10 +12,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deft_kernels import deft_loss
+from deft_kernels import deft_loss, fused_linear_deft_loss, row_statistics
 from deft_kernels.core.statistics import Field
-from deft_kernels.operators import functions
+from deft_kernels.operators import hidden as hidden_operators
 from deft_kernels.operators import logits as logits_operators
+from deft_kernels.operators.eager import watched
 
 MODES = {
     "default": {"grad_in_forward": False},
@@ -55,10 +59,10 @@ def test_functions_and_operators_agree(mode, backend, device):
     keywords = MODES[mode] | {"backend": backend}
     plain = step(logits, labels, keywords)
     with Watch() as watch:
-        watched = step(logits, labels, keywords)
+        seen = step(logits, labels, keywords)
     assert watch.seen
-    torch.testing.assert_close(plain[0], watched[0], rtol=0.0 if backend == "torch" else 3e-7, atol=0.0)
-    assert torch.equal(plain[1], watched[1])
+    torch.testing.assert_close(plain[0], seen[0], rtol=0.0 if backend == "torch" else 3e-7, atol=0.0)
+    assert torch.equal(plain[1], seen[1])
 
 
 @pytest.mark.parametrize("count", [0, 1, 4095, 4096, 4097, 9000])
@@ -99,16 +103,75 @@ def test_a_plain_call_uses_no_operator(mode, backend, device, monkeypatch):
     assert loss.isfinite() and gradient.any()
 
 
+OTHERS = {
+    "row_statistics": lambda x, w, y, k: row_statistics(x, y, **k).collision.sum(),
+    "linear": lambda x, w, y, k: fused_linear_deft_loss(x, w, y, **k),
+    "linear, rows": lambda x, w, y, k: fused_linear_deft_loss(x, w, y, reduction="none", **k).sum(),
+    "linear, function": lambda x, w, y, k: fused_linear_deft_loss(x, w, y, objective=lambda r: -r.logp, **k),
+}
+
+
+@pytest.mark.parametrize("call", OTHERS)
+def test_the_other_calls(call, backend, device, monkeypatch):
+    """The same bit for bit by the operators, of which a plain call uses none."""
+
+    def step() -> list[Tensor]:
+        leaves = [t.clone().requires_grad_() for t in (logits, head)]
+        loss = OTHERS[call](*leaves, labels, {"backend": backend})
+        (loss * 0.5).backward()
+        return [loss.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+    logits, labels = (t.to(device) for t in inputs())
+    head = torch.randn(50, 50, device=device)
+    with Watch() as watch:
+        seen = step()
+    assert watch.seen
+
+    def fail(*_: object) -> None:
+        raise AssertionError("an operator was called")
+
+    for module in (logits_operators, hidden_operators):
+        for value in list(vars(module).values()):
+            if isinstance(value, torch._library.custom_ops.CustomOpDef):
+                monkeypatch.setattr(value, "_opoverload", fail)
+    plain = step()
+    assert len(plain) == len(seen) > 1
+    for one, other in zip(plain, seen, strict=True):
+        assert torch.equal(one, other)
+
+
+FIRST = """
+import sys, torch
+before = set(sys.modules)
+from deft_kernels import deft_loss, fused_linear_deft_loss, row_statistics
+x, w = (torch.randn(4, 7, requires_grad=True) for _ in range(2))
+y = torch.tensor([1, 2, 3, 0])
+deft_loss(x, y).backward()
+deft_loss(x, y, reduction="none").sum().backward()
+deft_loss(x * 1.0, y, inplace=True).backward()
+row_statistics(x, y).entropy.sum().backward()
+fused_linear_deft_loss(x, w, y).backward()
+large = ("torch._dynamo", "torch._inductor", "torch.distributed.tensor", "triton", "sympy")
+print(*(name for name in large if name in set(sys.modules) - before))
+"""
+
+
+def test_first_calls_import_nothing_large():
+    """torch._dynamo alone takes more than a second, and an operator's first call imports it."""
+    done = subprocess.run([sys.executable, "-c", FIRST], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
 def test_who_is_watched():
     logits, labels = inputs()
-    assert not functions.watched(logits, labels, None)
-    assert not functions.watched(torch.nn.Parameter(logits), labels)
-    assert functions.watched(logits.to("meta"), labels)
+    assert not watched(logits, labels, None)
+    assert not watched(torch.nn.Parameter(logits), labels)
+    assert watched(logits.to("meta"), labels)
     with FakeTensorMode() as mode:
-        assert functions.watched(logits, labels)
-    assert functions.watched(mode.from_tensor(logits), labels)
+        assert watched(logits, labels)
+    assert watched(mode.from_tensor(logits), labels)
     seen = []
-    torch.vmap(lambda z: seen.append(functions.watched(z)) or z)(logits)
+    torch.vmap(lambda z: seen.append(watched(z)) or z)(logits)
     assert seen == [True]
 
 

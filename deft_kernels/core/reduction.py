@@ -65,11 +65,12 @@ class Weighting:
         return torch.where(kept, self.token_weight.to(dtype), 0.0)
 
     def row_scale(self, kept: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
-        """d loss / d row for a mean or a sum, [N]."""
-        scale = torch.ones(labels.shape, dtype=dtype, device=labels.device)
+        """d loss / d row for a mean or a sum, [N], of stride 0 where it is one number."""
+        denominator = self.denominator(kept, labels, dtype)
         if self.token_weight is not None:
-            scale = scale * self._token_weight(kept, dtype)
-        return scale / self.denominator(kept, labels, dtype)
+            return self._token_weight(kept, dtype) / denominator
+        one = torch.ones((), dtype=dtype, device=labels.device)
+        return (one / denominator).expand(labels.shape)
 
     @property
     def counts_rows(self) -> bool:

@@ -1,8 +1,6 @@
-"""The losses of `operators` as autograd Functions that call the backend themselves.
+"""The losses over logits as autograd Functions that call the backend themselves, for plain eager calls.
 
-An operator's way through torch.library costs the host about 130 us a training step that a Function does not.
-But a tracer, a fake tensor or a mode has to see one operator, not a backend that reads addresses: `watched`
-asks, and who is watched gets the operator.
+They take a Spec where an operator takes what fits its schema; their backward is that of the operators.
 """
 
 from __future__ import annotations
@@ -16,17 +14,8 @@ from ..backends import implementation
 from ..core import validation
 from ..core.spec import Spec
 from . import logits as logits_operators
-
-PLAIN = (Tensor, torch.nn.Parameter)
-
-
-def watched(*tensors: Tensor | None) -> bool:
-    """Whether somebody traces, or stands in for, what happens to these tensors."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-        return True
-    if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
-        return True
-    return any(t is not None and (type(t) not in PLAIN or t.is_meta) for t in tensors)
+from .eager import watched
+from .logits import gradient_of_rows, room
 
 
 def row_loss(
@@ -68,28 +57,6 @@ def mean_loss(logits: Tensor, labels: Tensor, ignore_index: int, spec: Spec) -> 
     return MeanLoss.apply(logits, labels, ignore_index, spec)
 
 
-def _room(logits: Tensor, spec: Spec) -> Tensor:
-    """Where the gradient goes: a tensor of its own, or the logits' storage, whose later use then raises."""
-    if not spec.inplace:
-        return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    overwritten = logits.detach()  # shares storage and version counter
-    torch.autograd.graph.increment_version(overwritten)
-    return overwritten
-
-
-def gradient(
-    logits: Tensor, labels: Tensor, class_weight: Tensor | None, rows: Tensor, dloss: Tensor, spec: Spec
-) -> Tensor:
-    """By the logits, for an upstream `dloss` [N] of any stride."""
-    if torch.is_grad_enabled() or watched(logits, dloss):
-        # With create_graph=True the operator's own backward is the one that raises.
-        return logits_operators.gradient_of_rows(logits, labels, class_weight, rows, dloss, *spec.encode())
-    dlogits = _room(logits, spec)
-    backend = implementation(spec)
-    backend.gradient(logits, labels, class_weight, rows, dloss, spec, dlogits)
-    return dlogits
-
-
 class RowLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -110,7 +77,7 @@ class RowLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dloss: Tensor, _: Any) -> Any:
         logits, labels, class_weight, rows = ctx.saved_tensors
-        return gradient(logits, labels, class_weight, rows, dloss, ctx.spec), None, None, None, None
+        return gradient_of_rows(logits, labels, class_weight, rows, dloss, ctx.spec), None, None, None, None
 
 
 class MeanLoss(torch.autograd.Function):
@@ -130,7 +97,7 @@ class MeanLoss(torch.autograd.Function):
     def backward(ctx: Any, dmean: Tensor, _: Any) -> Any:
         logits, labels, rows, scale = ctx.saved_tensors
         dloss = (dmean * scale[:1]).expand(len(labels))
-        return gradient(logits, labels, None, rows, dloss, ctx.spec), None, None, None
+        return gradient_of_rows(logits, labels, None, rows, dloss, ctx.spec), None, None, None
 
 
 class LossWithGradient(torch.autograd.Function):
@@ -147,7 +114,7 @@ class LossWithGradient(torch.autograd.Function):
         validation.admit(logits, labels, class_weight, ignore_index, spec, row_scale)
         if spec.inplace and logits.dtype == torch.float16:
             logits_operators.warn_of_underflow()
-        dlogits = _room(logits, spec)
+        dlogits = room(logits, spec)
         args = (labels, row_scale, class_weight, ignore_index, spec, dlogits)
         loss, rows = implementation(spec).row_loss_with_gradient(logits, *args)
         ctx.set_materialize_grads(False)
@@ -170,14 +137,7 @@ class LossWithGradient(torch.autograd.Function):
             # Given away by an earlier backward; or with a graph of its own, for which the operator raises.
             saved = (logits, labels, class_weight, rows)
             dloss = (dtotal * row_scale).to(rows.dtype)
-            return (
-                logits_operators.logits_gradient(*saved, dloss, *spec.encode()),
-                None,
-                None,
-                None,
-                None,
-                None,
-            )
+            return gradient_of_rows(*saved, dloss, spec), None, None, None, None, None
         backend = implementation(spec)
         backend.match_upstream(dlogits, dtotal, logits, labels, row_scale, class_weight, rows, spec)
         return dlogits, None, None, None, None, None

@@ -19,6 +19,7 @@ from ..core.spec import decode
 from ..core.statistics import Field
 from . import chunks
 from .chunks import Head
+from .eager import function_of, watched
 from .logits import no_double_backward, save_nothing
 
 
@@ -158,7 +159,7 @@ def linear_statistics(
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logp, lse, collision, entropy, max_prob), each [N], and rows; differentiable in the first five."""
     args = (hidden, weight, bias, labels, None, wanted, product, budget, ignore_index, code, numbers)
-    _, rows = linear_row_loss(*args)
+    _, rows = linear_row_loss._init_fn(*args)
     picked = (Field.LOGP, Field.LSE, Field.COLLISION, Field.ENTROPY, Field.MAX_PROB)
     logp, lse, collision, entropy, max_prob = (rows[field].clone() for field in picked)
     return logp, lse, collision, entropy, max_prob, rows
@@ -168,6 +169,14 @@ def linear_statistics(
 def _(hidden, weight, bias, labels, wanted, product, budget, ignore_index, code, numbers):
     vectors = (_results(hidden, product)[0] for _ in range(5))
     return (*vectors, _results(hidden, product)[1])
+
+
+def _gradient(hidden: Tensor, *args: Any) -> Any:
+    """`linear_gradient`; by the operator where somebody watches, or where its own backward has to raise."""
+    tensors = (x for x in args if isinstance(x, Tensor))
+    if torch.is_grad_enabled() or watched(hidden, *tensors):
+        return linear_gradient(hidden, *args)
+    return linear_gradient._init_fn(hidden, *args)
 
 
 def _given(gradients: Any, wanted: List[bool], inputs: int) -> Any:
@@ -184,7 +193,7 @@ def _setup_row_loss(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _row_loss_backward(ctx: Any, dloss: Tensor, _: Any) -> Any:
     args = (dloss, ctx.wanted, ctx.product, ctx.budget, ctx.code, ctx.numbers)
-    return _given(linear_gradient(*ctx.saved_tensors, *args), ctx.wanted, 11)
+    return _given(_gradient(*ctx.saved_tensors, *args), ctx.wanted, 11)
 
 
 def _setup_with_gradient(ctx: Any, inputs: Any, output: Any) -> None:
@@ -193,7 +202,7 @@ def _setup_with_gradient(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*tensors, output[1])
     # Not read from the saved tensors: that would unpack hidden, too, which checkpointing computes anew.
-    ctx.kept, ctx.gradients = output[1][Field.KEPT] != 0, output[2:]
+    ctx.kept, ctx.gradients = output[1][Field.KEPT], output[2:]
 
 
 def _with_gradient_backward(ctx: Any, dtotal: Optional[Tensor], *_: Any) -> Any:
@@ -205,14 +214,14 @@ def _with_gradient_backward(ctx: Any, dtotal: Optional[Tensor], *_: Any) -> Any:
         # A traced backward may not overwrite what its forward returned.
         scaled = [gradient * dtotal for gradient in gradients]
         if ctx.wanted[0]:
-            scaled[0] = scaled[0].where(ctx.kept.unsqueeze(1), 0.0)
+            scaled[0] = scaled[0].where(ctx.kept.unsqueeze(1) != 0, 0.0)
         return _given(scaled, ctx.wanted, 12)
     if gradients is None or torch.is_grad_enabled():
         # Given away by an earlier backward; or with create_graph=True, which `linear_gradient` refuses.
         hidden, weight, bias, labels, row_scale, class_weight, rows = ctx.saved_tensors
         dloss = (dtotal * row_scale).to(rows.dtype)
         args = (rows, dloss, ctx.wanted, ctx.product, ctx.budget, ctx.code, ctx.numbers)
-        gradients = linear_gradient(hidden, weight, bias, labels, class_weight, *args)
+        gradients = _gradient(hidden, weight, bias, labels, class_weight, *args)
         return _given(gradients, ctx.wanted, 12)
     backend = implementation(decode(ctx.code, ctx.numbers))
     scale_(gradients[0], dtotal, backend, ctx.kept)
@@ -246,10 +255,14 @@ def _statistics_backward(ctx: Any, *upstream: Any) -> Any:
     rows = gradient_fields(rows, d_logp, d_lse, d_collision, d_entropy, d_max_prob, spec.temperature)
     code, numbers = replace(spec, objective=objectives.of_statistics(d_max_prob is not None)).encode()
     args = (rows, torch.ones_like(rows[0]), ctx.wanted, ctx.product, ctx.budget, code, numbers)
-    return _given(linear_gradient(hidden, weight, bias, labels, None, *args), ctx.wanted, 10)
+    return _given(_gradient(hidden, weight, bias, labels, None, *args), ctx.wanted, 10)
 
 
 linear_row_loss.register_autograd(_row_loss_backward, setup_context=_setup_row_loss)
 linear_loss_with_gradient.register_autograd(_with_gradient_backward, setup_context=_setup_with_gradient)
 linear_statistics.register_autograd(_statistics_backward, setup_context=_setup_statistics)
 linear_gradient.register_autograd(no_double_backward, setup_context=save_nothing)
+
+row_loss = function_of(linear_row_loss, _setup_row_loss, _row_loss_backward)
+loss_with_gradient = function_of(linear_loss_with_gradient, _setup_with_gradient, _with_gradient_backward)
+statistics = function_of(linear_statistics, _setup_statistics, _statistics_backward)

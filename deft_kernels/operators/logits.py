@@ -1,7 +1,7 @@
 """The operators of the package, registered with torch.library, and their hand-written backward.
 
-Registered, so that torch.compile needs no graph break and opcheck can hold the schema, the shape functions
-and the autograd rule to their word; plain eager calls take the quicker Functions of `functions`. Settings are
+Registered, so that torch.compile needs no graph break and opcheck can check the schema, the shape functions
+and the autograd rule; plain eager calls take the quicker Functions of `functions` and `eager`. Settings are
 handed over as (code, numbers), see `spec`. Labels are flat, int64, [N]; logits [..., V] keep their shape and
 strides.
 """
@@ -18,8 +18,9 @@ from .. import objectives
 from ..backends import implementation
 from ..backends.pytorch.finish import gradient_fields
 from ..core import validation
-from ..core.spec import decode
+from ..core.spec import Spec, decode
 from ..core.statistics import Field
+from .eager import function_of, watched
 
 # torch.library infers an operator's schema from annotations, so they are spelled with `typing` here.
 
@@ -231,18 +232,26 @@ def _setup_row_loss(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(logits, labels, class_weight, output[1])
 
 
+def room(logits: Tensor, spec: Spec) -> Tensor:
+    """Where the gradient goes: a tensor of its own, or the logits' storage, whose later use then raises."""
+    if not spec.inplace:
+        return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    overwritten = logits.detach()  # shares storage and version counter
+    torch.autograd.graph.increment_version(overwritten)
+    return overwritten
+
+
 def gradient_of_rows(
-    logits: Tensor,
-    labels: Tensor,
-    class_weight: Optional[Tensor],
-    rows: Tensor,
-    dloss: Tensor,
-    code: str,
-    numbers: List[float],
+    logits: Tensor, labels: Tensor, class_weight: Optional[Tensor], rows: Tensor, dloss: Tensor, spec: Spec
 ) -> Tensor:
-    """The gradient by the logits, in their storage where the settings say so."""
-    args = (labels, class_weight, rows, dloss, code, numbers)
-    if not decode(code, numbers).inplace:
+    """The gradient by the logits for an upstream `dloss` [N], in their storage where the settings say so."""
+    if not torch.is_grad_enabled() and not watched(logits, dloss):
+        dlogits = room(logits, spec)
+        implementation(spec).gradient(logits, labels, class_weight, rows, dloss, spec, dlogits)
+        return dlogits
+    args = (labels, class_weight, rows, dloss, *spec.encode())
+    if not spec.inplace:
+        # With create_graph=True its own backward is the one that raises.
         return logits_gradient(logits, *args)
     if torch.is_grad_enabled():
         no_double_backward()
@@ -254,7 +263,7 @@ def gradient_of_rows(
 
 def _row_loss_backward(ctx: Any, dloss: Tensor, _: Any) -> Any:
     logits, labels, class_weight, rows = ctx.saved_tensors
-    dlogits = gradient_of_rows(logits, labels, class_weight, rows, dloss, ctx.code, ctx.numbers)
+    dlogits = gradient_of_rows(logits, labels, class_weight, rows, dloss, decode(ctx.code, ctx.numbers))
     return dlogits, None, None, None, None, None
 
 
@@ -286,8 +295,8 @@ def _statistics_backward(ctx: Any, *upstream: Any) -> Any:
     if all(d is None for d in upstream):
         return None, None, None, None, None
     rows = gradient_fields(rows, d_logp, d_lse, d_collision, d_entropy, d_max_prob, spec.temperature)
-    code, numbers = replace(spec, objective=objectives.of_statistics(d_max_prob is not None)).encode()
-    dlogits = logits_gradient(logits, labels, None, rows, torch.ones_like(rows[0]), code, numbers)
+    spec = replace(spec, objective=objectives.of_statistics(d_max_prob is not None))
+    dlogits = gradient_of_rows(logits, labels, None, rows, torch.ones_like(rows[0]), spec)
     return dlogits, None, None, None, None
 
 
@@ -295,6 +304,7 @@ row_loss.register_autograd(_row_loss_backward, setup_context=_setup_row_loss)
 row_loss_with_gradient.register_autograd(_with_gradient_backward, setup_context=_setup_with_gradient)
 row_statistics.register_autograd(_statistics_backward, setup_context=_setup_statistics)
 logits_gradient.register_autograd(no_double_backward, setup_context=save_nothing)
+statistics = function_of(row_statistics, _setup_statistics, _statistics_backward)
 
 
 def check_in_place_backward(dlogits: Optional[Tensor]) -> None:

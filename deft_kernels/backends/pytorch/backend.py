@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ...core.checks import all_count
 from ...core.groups import batch_mean
 from ...core.spec import Spec, log2_scale
 from ...core.statistics import Field, Fields, pack, unpack
@@ -50,12 +51,17 @@ class _Labels:
     """What the passes need of the labels, found once a call: [N] each, None where it changes nothing."""
 
     def __init__(self, labels: Tensor, vocabulary: int, ignore_index: int):
-        inside = (labels >= 0) & (labels < vocabulary)
-        self.valid: Tensor | None = labels != ignore_index
-        # An out-of-range label gets this far on accelerators only: NaN, as documented.
-        self.known: Tensor | None = inside | ~self.valid
-        self.index = labels.where(inside, 0).unsqueeze(1)
         self.host = labels.device.type == "cpu"
+        self.valid: Tensor | None = None
+        self.known: Tensor | None = None
+        if self.host and all_count(labels, vocabulary, ignore_index):
+            self.index = labels.unsqueeze(1)
+            return
+        inside = (labels >= 0) & (labels < vocabulary)
+        self.valid = labels != ignore_index
+        # An out-of-range label gets this far on accelerators only: NaN, as documented.
+        self.known = inside | ~self.valid
+        self.index = labels.where(inside, 0).unsqueeze(1)
         if self.host:
             self.known = None if bool(self.known.all()) else self.known
             self.valid = None if bool(self.valid.all()) else self.valid
@@ -72,23 +78,54 @@ class _Labels:
         return self.host and self.valid is not None and not self.valid[span].any()
 
 
+class _Results:
+    """Losses [N] and packed rows [len(Field), N] as blocks come; a block of all rows is not copied."""
+
+    def __init__(self, count: int, dtype: torch.dtype, device: torch.device):
+        self.count, self.dtype, self.device = count, dtype, device
+        self._loss: Tensor | None = None
+        self._rows: Tensor | None = None
+
+    def put(self, span: slice, loss: Tensor | None, fields: Fields) -> None:
+        rows = pack(fields)
+        if span.stop - span.start == self.count:
+            self._loss = None if loss is None else loss.to(self.dtype)
+            self._rows = rows.to(self.dtype)
+            return
+        self._loss, self._rows = self.loss(), self.rows()
+        self._rows[:, span] = rows
+        if loss is not None:
+            self._loss[span] = loss
+
+    def loss(self) -> Tensor:
+        """0 where no block came."""
+        if self._loss is None:
+            return torch.zeros(self.count, dtype=self.dtype, device=self.device)
+        return self._loss
+
+    def rows(self) -> Tensor:
+        if self._rows is None:
+            return torch.zeros(len(Field), self.count, dtype=self.dtype, device=self.device)
+        return self._rows
+
+
 def row_loss(
     logits: Tensor, labels: Tensor, class_weight: Tensor | None, ignore_index: int, spec: Spec
 ) -> tuple[Tensor, Tensor]:
     """(loss [N], rows [len(Field), N]); labels [N] are checked by the caller where the host sees them."""
     block = Block(logits, spec, class_weight)
     count, known = labels.numel(), _Labels(labels, block.vocabulary, ignore_index)
-    rows = torch.zeros(len(Field), count, dtype=torch.float64, device=logits.device)
+    results = _Results(count, torch.float64, logits.device)
     sums = torch.zeros(count, dtype=torch.float64, device=logits.device) if spec.label_smoothing > 0 else None
     for span, (z,) in blocks(block.elements, logits):
         if known.none_in(span):
             continue
         work = block.scratch("work", len(z))
         fields, total = block.reduce(z, known.index[span], known.known_in(span), work)
-        rows[:, span] = pack(fields)
+        results.put(span, None, fields)
         if sums is not None and total is not None:
             sums[span] = total
-    fields, weights = unpack(rows), _class_weights(block.class_weight, labels)
+    fields, weights = unpack(results.rows()), _class_weights(block.class_weight, labels)
     mean_prob = _mean_prob(spec, fields, labels, ignore_index)
     loss = finish(spec, fields, known.valid, block.vocabulary, mean_prob=mean_prob, logit_sum=sums, **weights)
     return loss.to(block.dtype), pack(fields).to(block.dtype)
@@ -157,8 +194,7 @@ def row_loss_with_gradient(
     """`row_loss`, and the gradient of sum_i row_scale_i loss_i into `out` (which may be the logits)."""
     block = Block(logits, spec, class_weight)
     count, known = labels.numel(), _Labels(labels, block.vocabulary, ignore_index)
-    rows = torch.zeros(len(Field), count, dtype=block.dtype, device=logits.device)
-    loss = torch.zeros(count, dtype=block.dtype, device=logits.device)
+    results = _Results(count, block.dtype, logits.device)
     row_scale = row_scale.double()
     weights = _class_weights(block.class_weight, labels)
     total = weights.pop("weight_total", None)
@@ -171,7 +207,7 @@ def row_loss_with_gradient(
         work = target if own else block.scratch("work", len(z))
         index, valid = known.index[span], known.valid_in(span)
         fields, logit_sum = block.reduce(z, index, known.known_in(span), work)
-        loss[span] = finish(
+        loss = finish(
             spec,
             fields,
             valid,
@@ -181,10 +217,10 @@ def row_loss_with_gradient(
             weight_total=total,
             target_weight=weights["target_weight"][span] if weights else None,
         )
-        rows[:, span] = pack(fields)
+        results.put(span, loss, fields)
         block.write(z, index, fields, row_scale[span], target, work if direct else None)
         drop(target, fields[Field.KEPT], valid is not None or spec.objective.has_band)
-    return loss, rows
+    return results.loss(), results.rows()
 
 
 def drop(target: Tensor, kept: Tensor, some: bool) -> None:
@@ -233,7 +269,7 @@ def weighted_total(loss: Tensor, row_scale: Tensor, rows: Tensor) -> Tensor:
 
 
 def scale(gradient: Tensor, upstream: Tensor, kept: Tensor | None = None) -> None:
-    """gradient [..., K] *= upstream, a scalar; rows that are not `kept` [N] are 0 and stay it."""
+    """gradient [..., K] *= upstream, a scalar; rows where `kept` [N] is 0 are 0 and stay it."""
     if upstream.device.type == "cpu":
         value = upstream.item()
         if value == 1.0:
@@ -241,11 +277,11 @@ def scale(gradient: Tensor, upstream: Tensor, kept: Tensor | None = None) -> Non
         gradient.mul_(value)
         # 0 times inf or NaN, as an upstream is where a loss scale overflows.
         if kept is not None and not math.isfinite(value):
-            gradient.masked_fill_(~kept.view(*gradient.shape[:-1], 1), 0.0)
+            gradient.masked_fill_((kept == 0).view(*gradient.shape[:-1], 1), 0.0)
     elif kept is None:
         gradient.mul_(upstream)
     else:
-        gradient.mul_(upstream.where(kept, 0.0).view(*gradient.shape[:-1], 1))
+        gradient.mul_(upstream.where(kept != 0, 0.0).view(*gradient.shape[:-1], 1))
 
 
 def match_upstream(
@@ -266,9 +302,9 @@ def match_upstream(
         # A power of two moves bf16's exponent and nothing else; fp16 may have lost digits to underflow.
         exact = dlogits.dtype == torch.bfloat16 and abs(math.frexp(value)[0]) == 0.5
         if logits is None or exact or dlogits.dtype in (torch.float32, torch.float64):
-            scale(dlogits, upstream, rows[Field.KEPT] != 0)
+            scale(dlogits, upstream, rows[Field.KEPT])
             return
     elif logits is None:
-        scale(dlogits, upstream, rows[Field.KEPT] != 0)
+        scale(dlogits, upstream, rows[Field.KEPT])
         return
     gradient(logits, labels, class_weight, rows, upstream * row_scale, spec, dlogits)

@@ -76,8 +76,9 @@ class Block:
         two = spec.needs_entropy or spec.squares or spec.logs or spec.softcap > 0
         two = two or (spec.label_smoothing > 0 and class_weight is not None)
         self.elements = BLOCK_ELEMENTS // 2 if two else BLOCK_ELEMENTS
-        most = max(1, self.elements // max(1, self.vocabulary))
-        self.row_numbers = torch.arange(most, device=self.device)
+        # Of a block, not of the most rows that one can have: short rows would make a long vector of them.
+        most = min(logits.numel(), self.elements) // max(1, self.vocabulary)
+        self.row_numbers = torch.arange(max(1, most), device=self.device)
         self._scratch: dict[str, Tensor] = {}
 
     def scratch(self, name: str, rows: int) -> Tensor:

@@ -73,12 +73,12 @@ def statistics_of(
 ) -> None:
     """Statistics from a row's sums, in float64: each is then rounded once, as the sums are.
 
-    rest, u, t: over all columns but one, whose 2^x is `apart`.  held: where that column is the largest, if it
-    is not always.
+    rest, u, t: over all columns but one, whose 2^x is `apart`.  held: where that column, which is then the
+    target, is the largest; None where it always is.
     """
     s = rest + apart
     x_peak = peak * k - offset
-    correct = target >= peak
+    correct = target >= peak if held is None else held
     log_sum = torch.where(
         apart > 0.5 if held is None else held,
         torch.log1p(rest / apart),
@@ -86,8 +86,11 @@ def statistics_of(
     )
     fields[Field.OFFSET], fields[Field.PEAK], fields[Field.SUM] = offset, peak, s
     fields[Field.CORRECT] = correct.double()
-    fields[Field.LOGP] = (target - peak) / temperature - log_sum
-    fields[Field.LSE] = peak / temperature + log_sum
+    distance = target - peak
+    if temperature != 1.0:
+        distance, peak = distance / temperature, peak / temperature
+    fields[Field.LOGP] = distance - log_sum
+    fields[Field.LSE] = peak + log_sum
     fields[Field.COLLISION] = (u + apart * apart) / (s * s)
     fields[Field.MAX_PROB] = torch.exp2(x_peak) / s
     if Field.PREDICTED in fields:

@@ -1,0 +1,51 @@
+"""Plain eager calls: who is one, and operators as autograd Functions for them.
+
+An operator's way through torch.library costs the host about 130 us a training step that a Function does not,
+and the first one imports torch._dynamo, which takes more than a second. But a tracer, a fake tensor or a mode
+has to see one operator, not a backend that reads addresses: `watched` asks, and who is watched gets the
+operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def watched(*tensors: Tensor | None) -> bool:
+    """Whether somebody traces, or stands in for, what happens to these tensors."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
+        return True
+    return any(t is not None and (type(t) not in PLAIN or t.is_meta) for t in tensors)
+
+
+def function_of(
+    operator: Any, setup: Callable[..., None], backward: Callable[..., Any]
+) -> Callable[..., Any]:
+    """`operator` with the autograd rule that it is registered with, as a call that goes by it where somebody
+    watches, and by a Function of the same body where nobody does."""
+    body = operator._init_fn
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = body(*inputs)
+            setup(ctx, inputs, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *upstream: Any) -> Any:
+            return backward(ctx, *upstream)
+
+    def call(*inputs: Any) -> Any:
+        tensors = (x for x in inputs if isinstance(x, Tensor))
+        return operator(*inputs) if watched(*tensors) else Eager.apply(*inputs)
+
+    return call
