@@ -82,7 +82,7 @@ def test_a_split_part_is_one_state(name, device, monkeypatch):
     from deft_kernels.backends.triton import backend as triton_backend
 
     logits, labels, spec = case(name, "triton", device)
-    monkeypatch.setattr(triton_backend.table, "splits", lambda *_: 3)
+    monkeypatch.setattr(triton_backend.tuning, "splits", lambda *_: 3)
     split = parts(logits, labels, spec)[0]
     plain = pytorch_backend.row_states(
         logits[:, : WIDTHS[0]], labels.where(labels < WIDTHS[0], WIDTHS[0]), None, -100, spec

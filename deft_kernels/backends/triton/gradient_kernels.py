@@ -1,0 +1,153 @@
+"""The kernels of the backward: one program a row's slice, or a few that walk over the rows.
+
+gradient_kernel     logits and saved fields -> gradient
+scale_kernel        a gradient times a scalar
+"""
+
+import triton
+import triton.language as tl
+
+from ...core.statistics import Field
+from .arithmetic import cap_slope, narrowed
+from .finish import load_field
+from .gradient import scaled, sloped, write_gradient, write_zeros
+from .records import Gradient, Matrix, Row, Saved
+from .rows import row_beside, row_offset, target_of, whole_row
+
+KEPT = tl.constexpr(Field.KEPT.value)
+OFFSET = tl.constexpr(Field.OFFSET.value)
+PEAK = tl.constexpr(Field.PEAK.value)
+A = tl.constexpr(Field.A.value)
+B = tl.constexpr(Field.B.value)
+C = tl.constexpr(Field.C.value)
+PEAK_GRAD = tl.constexpr(Field.PEAK_GRAD.value)
+TARGET = tl.constexpr(Field.TARGET.value)
+
+
+@triton.jit
+def load_gradient(saved, row, spread):
+    offset, peak = load_field(saved, row, OFFSET), load_field(saved, row, PEAK)
+    a, b, c = load_field(saved, row, A), load_field(saved, row, B), load_field(saved, row, C)
+    peak_grad, target = load_field(saved, row, PEAK_GRAD), load_field(saved, row, TARGET)
+    return Gradient(offset, peak, a, b, c, peak_grad, target, spread)
+
+
+@triton.jit
+def gradient_of_slice(
+    row, factor, logits, labels, class_weight, saved, dlogits, vocabulary, span, numbers, OPTIONS, PLAN
+):
+    """Gradient, times `factor`, of those `span` columns of a row that are this program's."""
+    columns = whole_row(logits, class_weight, row, vocabulary, OPTIONS, PLAN)
+    lead = columns.start
+    to = row_beside(dlogits, row, lead, PLAN)
+    start = tl.program_id(1) * span + lead
+    part = Row(columns.logits, columns.class_weight, start, tl.minimum(start + span, columns.stop))
+    if load_field(saved, row, KEPT) != 0.0:
+        label = tl.load(labels + row)
+        g = scaled(load_gradient(saved, row, numbers.spread), factor)
+        if OPTIONS.softcap:
+            # Only the program that writes the target's element needs its logit. In place, others would read
+            # what that program has already overwritten; its own threads wait for each other.
+            own = (label + lead >= part.start) & (label + lead < part.stop)
+            raw_target = target_of(columns.logits + lead, tl.where(own, label, -1), vocabulary)
+            g = sloped(g, cap_slope(raw_target, numbers.softcap))
+            tl.debug_barrier()
+        write_gradient(part, to, label + lead, g, numbers, OPTIONS, PLAN)
+    else:
+        write_zeros(part, to, PLAN)
+
+
+@triton.jit
+def gradient_kernel(
+    logits,  # [N, V]
+    labels,  # [N] int64
+    class_weight,  # [V] or unused
+    rows,  # [len(Field), N] fp32
+    dloss,  # [N], stride dloss_stride
+    upstream,  # [1] or unused
+    dlogits,  # [N, V], may be the logits
+    n_rows,
+    dloss_stride,
+    vocabulary,
+    span,  # columns of a program
+    strides,
+    out_strides,
+    numbers,
+    UPSTREAM: tl.constexpr,
+    OPTIONS,
+    PLAN,
+):
+    row = tl.program_id(0)
+    saved = Saved(rows, n_rows)
+    logits = Matrix(logits, strides)
+    dlogits = Matrix(dlogits, out_strides)
+    if UPSTREAM:
+        # The gradient stands already for an upstream of 1: decided here, never by waiting on the host, and by
+        # a few programs that walk over the rows, since mostly they have nothing to do.
+        scalar = tl.load(upstream).to(tl.float32)
+        stop = tl.where(scalar != 1.0, n_rows, 0)
+        while row < stop:
+            factor = tl.load(dloss + row.to(tl.int64) * dloss_stride).to(tl.float32) * scalar
+            gradient_of_slice(
+                row,
+                factor,
+                logits,
+                labels,
+                class_weight,
+                saved,
+                dlogits,
+                vocabulary,
+                span,
+                numbers,
+                OPTIONS,
+                PLAN,
+            )
+            row += tl.num_programs(0)
+    else:
+        factor = tl.load(dloss + row.to(tl.int64) * dloss_stride).to(tl.float32)
+        gradient_of_slice(
+            row,
+            factor,
+            logits,
+            labels,
+            class_weight,
+            saved,
+            dlogits,
+            vocabulary,
+            span,
+            numbers,
+            OPTIONS,
+            PLAN,
+        )
+
+
+@triton.jit
+def scale_kernel(
+    dlogits,  # [N, V]
+    upstream,  # [1]
+    kept,  # [N] or unused
+    n_rows,
+    vocabulary,
+    strides,
+    KEPT: tl.constexpr,
+    MODE: tl.constexpr,
+    PLAN,
+):
+    """Nothing at all where the scalar, which is on the device, is 1."""
+    TILE: tl.constexpr = PLAN.lanes * PLAN.width
+    scalar = tl.load(upstream).to(tl.float32)
+    row = tl.program_id(0)
+    stop = tl.where(scalar != 1.0, n_rows, 0)
+    while row < stop:
+        base = dlogits + row_offset(row, strides)
+        first = 0
+        if KEPT:
+            # Zeros stay zeros where the upstream is inf or NaN.
+            first = tl.where(tl.load(kept + row) != 0, 0, vocabulary)
+        while first < vocabulary:
+            columns = first + tl.arange(0, TILE)
+            inside = columns < vocabulary
+            d = tl.load(base + columns, mask=inside).to(tl.float32) * scalar
+            tl.store(base + columns, narrowed(d, dlogits, MODE), mask=inside)
+            first += TILE
+        row += tl.num_programs(0)
