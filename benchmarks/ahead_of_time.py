@@ -17,7 +17,6 @@ from triton.compiler import ASTSource
 from deft_kernels import objectives
 from deft_kernels.backends.states import state_size
 from deft_kernels.backends.triton import gradient_kernels, kernels, launch, tuning
-from deft_kernels.backends.triton.arithmetic import GENERIC, PTX
 from deft_kernels.backends.triton.records import Numbers, Strides
 from deft_kernels.core.spec import Spec
 
@@ -103,7 +102,7 @@ def source(variant: Variant) -> tuple[ASTSource, dict[str, Any]]:
         plan = tuning.fused(vocabulary, itemsize, launch.lean(spec), warp)
     else:
         plan = tuning.statistics(vocabulary, itemsize, spec.needs_entropy, warp)
-    mode = GENERIC.value if hip else PTX.value
+    mode = "generic" if hip else "ptx"
     variants = launch.variants(spec, vocabulary, "weights" in options, mode)
     kernel, record = {
         "statistics": (kernels.statistics_kernel, variants.rows),

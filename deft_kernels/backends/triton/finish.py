@@ -3,11 +3,9 @@
 import triton
 import triton.language as tl
 
-from .arithmetic import HIGHEST, LN2, expm1, fma, log1p
+from .arithmetic import HIGHEST, expm1, fma, log1p, nats
 from .objectives import family_of, focus_of
-from .records import Fields, Gradient, Statistics, Weights
-
-FIELDS = tl.constexpr(len(Fields._fields))
+from .records import FIELD, Fields, Gradient, Statistics, Weights
 
 
 @triton.jit
@@ -37,7 +35,7 @@ def statistics_of(state, z_target, numbers, OPTIONS):
     max_prob = e_peak / s
     entropy = 0.0 * s
     if OPTIONS.entropy:
-        entropy = log_sum - LN2 * (state.t - x_peak * rest) / s
+        entropy = log_sum - nats(state.t - x_peak * rest) / s
         entropy = tl.where(entropy < 0.0, 0.0, entropy)
     return Statistics(logp, p, lse, collision, entropy, max_prob, s, log_sum, x_peak)
 
@@ -135,29 +133,31 @@ def gradient_of(stats, reduced, d_logp, d_focus, slope, d_lse, extra, numbers, O
         rest -= through
         target += tl.where(reduced.z_target >= state.peak, peak_grad, 0.0)
     target = (target + p * rest + extra) / temperature
-    a = (g + rest - c * (stats.log_sum + LN2 * stats.x_peak)) / (s * temperature)
+    a = (g + rest - c * (stats.log_sum + nats(stats.x_peak))) / (s * temperature)
     # A label out of range: the row's gradient shows it as its loss does, whatever the gate.
     a = tl.where(reduced.z_target == reduced.z_target, a, float("nan"))
     b = b / (s * s * temperature)
-    c = c * LN2 / (s * temperature)
+    c = nats(c) / (s * temperature)
     peak_grad = peak_grad / temperature
     return Gradient(state.offset, state.peak, a, b, c, peak_grad, target, numbers.spread)
 
 
 @triton.jit
 def store_fields(saved, row, fields):
-    for i in tl.static_range(FIELDS):
-        tl.store(saved.fields + row + i * saved.n_rows, fields[i])
+    COUNT: tl.constexpr = len(FIELD.value)
+    for place in tl.static_range(COUNT):
+        tl.store(saved.fields + row + place * saved.n_rows, fields[place])
 
 
 @triton.jit
 def store_ignored(saved, loss_ptr, row):
     """A row that counts for nothing: every field 0, whatever its logits hold."""
+    COUNT: tl.constexpr = len(FIELD.value)
     tl.store(loss_ptr + row, 0.0)
-    for i in tl.static_range(FIELDS):
-        tl.store(saved.fields + row + i * saved.n_rows, 0.0)
+    for place in tl.static_range(COUNT):
+        tl.store(saved.fields + row + place * saved.n_rows, 0.0)
 
 
 @triton.jit
-def load_field(saved, row, FIELD: tl.constexpr):
-    return tl.load(saved.fields + FIELD * saved.n_rows + row)
+def load_field(saved, row, PLACE: tl.constexpr):
+    return tl.load(saved.fields + PLACE * saved.n_rows + row)

@@ -51,14 +51,14 @@ def tile_gradient(raw, columns, inside, row, g, numbers, OPTIONS):
 def write_masked(row, to, columns, stop, g, numbers, OPTIONS, EVICT: tl.constexpr):
     """Gradient of those of the columns that lie below `stop`: the edges of a row, and its last tiles."""
     inside = columns < stop
-    raw = tl.load(row.logits + columns, mask=inside, other=0.0, eviction_policy=EVICT)
+    raw = tl.load(row.ptr + columns, mask=inside, other=0.0, eviction_policy=EVICT)
     d = tile_gradient(raw, columns, inside, row, g, numbers, OPTIONS)
     tl.store(to + columns, narrowed(d, to, OPTIONS.mode), mask=inside, eviction_policy=EVICT)
 
 
 @triton.jit
 def write_gradient(row, to, label, g, numbers, OPTIONS, PLAN):
-    """Gradient of a row's columns; `row.logits` and `to` may be the same. label: the target's column.
+    """Gradient of a row's columns; `row.ptr` and `to` may be the same. label: the target's column.
 
     The target's element is written last, over what the loop wrote, instead of being compared everywhere.
 
@@ -75,8 +75,8 @@ def write_gradient(row, to, label, g, numbers, OPTIONS, PLAN):
         write_masked(row, to, edges, row.stop, g, numbers, OPTIONS, EVICT)
     while first + 2 * TILE <= last:
         columns = first + tile
-        raw0 = tl.load(row.logits + columns, eviction_policy=EVICT)
-        raw1 = tl.load(row.logits + TILE + columns, eviction_policy=EVICT)
+        raw0 = tl.load(row.ptr + columns, eviction_policy=EVICT)
+        raw1 = tl.load(row.ptr + TILE + columns, eviction_policy=EVICT)
         d0 = tile_gradient(raw0, columns, columns >= 0, row, g, numbers, OPTIONS)
         d1 = tile_gradient(raw1, TILE + columns, columns >= 0, row, g, numbers, OPTIONS)
         tl.store(to + columns, narrowed(d0, to, OPTIONS.mode), eviction_policy=EVICT)
@@ -92,17 +92,17 @@ def write_gradient(row, to, label, g, numbers, OPTIONS, PLAN):
 
 
 @triton.jit
-def write_zeros(row, to, PLAN):
-    """Zeros into a row's columns: of one that is not kept, whose logits are not even read."""
+def write_zeros(row, PLAN):
+    """Zeros into a row of the gradient: of one that is not kept, whose logits are not even read."""
+    ELEMENT: tl.constexpr = row.ptr.dtype.element_ty
     TILE: tl.constexpr = PLAN.lanes * PLAN.width
     lane = tl.arange(0, PLAN.lanes)
     tile = (lane * PLAN.width)[:, None] + tl.arange(0, PLAN.width)[None, :]
     first, last = whole_loads(row, PLAN)
     if PLAN.peel:
         edges = edge_column(lane, row, first, last, PLAN)
-        tl.store(to + edges, tl.zeros((PLAN.lanes,), to.dtype.element_ty), mask=edges < row.stop)
+        tl.store(row.ptr + edges, tl.zeros((PLAN.lanes,), ELEMENT), mask=edges < row.stop)
     while first < last:
         columns = first + tile
-        zeros = tl.zeros((PLAN.lanes, PLAN.width), to.dtype.element_ty)
-        tl.store(to + columns, zeros, mask=columns < last)
+        tl.store(row.ptr + columns, tl.zeros((PLAN.lanes, PLAN.width), ELEMENT), mask=columns < last)
         first += TILE

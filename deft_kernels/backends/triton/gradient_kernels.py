@@ -7,54 +7,48 @@ scale_kernel        a gradient times a scalar
 import triton
 import triton.language as tl
 
-from ...core.statistics import Field
 from .arithmetic import cap_slope, narrowed
 from .finish import load_field
 from .gradient import scaled, sloped, write_gradient, write_zeros
-from .records import Gradient, Matrix, Row, Saved
-from .rows import row_beside, row_offset, target_of, whole_row
-
-KEPT = tl.constexpr(Field.KEPT.value)
-OFFSET = tl.constexpr(Field.OFFSET.value)
-PEAK = tl.constexpr(Field.PEAK.value)
-A = tl.constexpr(Field.A.value)
-B = tl.constexpr(Field.B.value)
-C = tl.constexpr(Field.C.value)
-PEAK_GRAD = tl.constexpr(Field.PEAK_GRAD.value)
-TARGET = tl.constexpr(Field.TARGET.value)
+from .records import FIELD, Gradient, Matrix, Row, Saved
+from .rows import columns_of, place_beside, place_of, row_offset, target_of
 
 
 @triton.jit
 def load_gradient(saved, row, spread):
-    offset, peak = load_field(saved, row, OFFSET), load_field(saved, row, PEAK)
-    a, b, c = load_field(saved, row, A), load_field(saved, row, B), load_field(saved, row, C)
-    peak_grad, target = load_field(saved, row, PEAK_GRAD), load_field(saved, row, TARGET)
+    offset = load_field(saved, row, FIELD.value.offset)
+    peak = load_field(saved, row, FIELD.value.peak)
+    a = load_field(saved, row, FIELD.value.a)
+    b = load_field(saved, row, FIELD.value.b)
+    c = load_field(saved, row, FIELD.value.c)
+    peak_grad = load_field(saved, row, FIELD.value.peak_grad)
+    target = load_field(saved, row, FIELD.value.target)
     return Gradient(offset, peak, a, b, c, peak_grad, target, spread)
 
 
 @triton.jit
 def gradient_of_slice(
-    row, factor, logits, labels, class_weight, saved, dlogits, vocabulary, span, numbers, OPTIONS, PLAN
+    row, factor, logits, labels, class_weight, saved, dlogits, span, numbers, OPTIONS, PLAN
 ):
     """Gradient, times `factor`, of those `span` columns of a row that are this program's."""
-    columns = whole_row(logits, class_weight, row, vocabulary, OPTIONS, PLAN)
-    lead = columns.start
-    to = row_beside(dlogits, row, lead, PLAN)
+    at, lead = place_of(row, logits.strides, PLAN)
+    to = place_beside(row, lead, dlogits.strides, PLAN)
     start = tl.program_id(1) * span + lead
-    part = Row(columns.logits, columns.class_weight, start, tl.minimum(start + span, columns.stop))
-    if load_field(saved, row, KEPT) != 0.0:
+    stop = tl.minimum(start + span, lead + logits.vocabulary)
+    if load_field(saved, row, FIELD.value.kept) != 0.0:
         label = tl.load(labels + row)
         g = scaled(load_gradient(saved, row, numbers.spread), factor)
         if OPTIONS.softcap:
             # Only the program that writes the target's element needs its logit. In place, others would read
             # what that program has already overwritten; its own threads wait for each other.
-            own = (label + lead >= part.start) & (label + lead < part.stop)
-            raw_target = target_of(columns.logits + lead, tl.where(own, label, -1), vocabulary)
+            own = (label + lead >= start) & (label + lead < stop)
+            raw_target = target_of(logits.ptr + at + lead, tl.where(own, label, -1), logits.vocabulary)
             g = sloped(g, cap_slope(raw_target, numbers.softcap))
             tl.debug_barrier()
-        write_gradient(part, to, label + lead, g, numbers, OPTIONS, PLAN)
+        columns = columns_of(logits.ptr + at, class_weight, lead, start, stop, OPTIONS)
+        write_gradient(columns, dlogits.ptr + to, label + lead, g, numbers, OPTIONS, PLAN)
     else:
-        write_zeros(part, to, PLAN)
+        write_zeros(Row(dlogits.ptr + to, class_weight, start, stop), PLAN)
 
 
 @triton.jit
@@ -79,8 +73,8 @@ def gradient_kernel(
 ):
     row = tl.program_id(0)
     saved = Saved(rows, n_rows)
-    logits = Matrix(logits, strides)
-    dlogits = Matrix(dlogits, out_strides)
+    logits = Matrix(logits, strides, vocabulary)
+    dlogits = Matrix(dlogits, out_strides, vocabulary)
     if UPSTREAM:
         # The gradient stands already for an upstream of 1: decided here, never by waiting on the host, and by
         # a few programs that walk over the rows, since mostly they have nothing to do.
@@ -89,35 +83,13 @@ def gradient_kernel(
         while row < stop:
             factor = tl.load(dloss + row.to(tl.int64) * dloss_stride).to(tl.float32) * scalar
             gradient_of_slice(
-                row,
-                factor,
-                logits,
-                labels,
-                class_weight,
-                saved,
-                dlogits,
-                vocabulary,
-                span,
-                numbers,
-                OPTIONS,
-                PLAN,
+                row, factor, logits, labels, class_weight, saved, dlogits, span, numbers, OPTIONS, PLAN
             )
             row += tl.num_programs(0)
     else:
         factor = tl.load(dloss + row.to(tl.int64) * dloss_stride).to(tl.float32)
         gradient_of_slice(
-            row,
-            factor,
-            logits,
-            labels,
-            class_weight,
-            saved,
-            dlogits,
-            vocabulary,
-            span,
-            numbers,
-            OPTIONS,
-            PLAN,
+            row, factor, logits, labels, class_weight, saved, dlogits, span, numbers, OPTIONS, PLAN
         )
 
 

@@ -16,8 +16,8 @@ import triton.language as tl
 from .arithmetic import cap_slope, softcapped
 from .finish import finish_row, store_ignored, weights_of
 from .gradient import scaled, sloped, write_gradient, write_zeros
-from .records import Matrix, Reduced, Row, Saved
-from .rows import reduced_row, row_beside, target_of, whole_row
+from .records import Reduced, Row, Saved
+from .rows import columns_of, place_beside, place_of, reduced_row, target_of
 from .stored_states import load_parts, store_state
 
 
@@ -41,10 +41,12 @@ def statistics_kernel(
     saved = Saved(rows, n_rows)
     label = tl.load(labels + row)
     if label != ignore_index:
-        columns = whole_row(Matrix(logits, strides), class_weight, row, vocabulary, OPTIONS, PLAN)
-        z_target = target_of(columns.logits + columns.start, label, vocabulary)
+        at, lead = place_of(row, strides, PLAN)
+        ptr = logits + at
+        z_target = target_of(ptr + lead, label, vocabulary)
         z_target = softcapped(z_target, numbers.softcap, OPTIONS.softcap)
-        reduced = reduced_row(columns, columns.start, z_target, numbers, OPTIONS, PLAN)
+        columns = columns_of(ptr, class_weight, lead, lead, lead + vocabulary, OPTIONS)
+        reduced = reduced_row(columns, lead, z_target, numbers, OPTIONS, PLAN)
         weights = weights_of(class_weight, weight_total, label, vocabulary, OPTIONS)
         finish_row(saved, loss, row, reduced, weights, vocabulary, numbers.floor, numbers, OPTIONS)
     else:
@@ -69,18 +71,19 @@ def slice_kernel(
     row = tl.program_id(0)
     label = tl.load(labels + row)
     if label != ignore_index:
-        columns = whole_row(Matrix(logits, strides), class_weight, row, vocabulary, OPTIONS, PLAN)
-        lead = columns.start
+        at, lead = place_of(row, strides, PLAN)
         start = lead + tl.program_id(1) * span
-        part = Row(columns.logits, columns.class_weight, start, tl.minimum(start + span, columns.stop))
-        z_target = target_of(columns.logits + lead, label, vocabulary)
+        stop = tl.minimum(start + span, lead + vocabulary)
+        ptr = logits + at
+        z_target = target_of(ptr + lead, label, vocabulary)
         z_target = softcapped(z_target, numbers.softcap, OPTIONS.softcap)
+        columns = columns_of(ptr, class_weight, lead, start, stop, OPTIONS)
+        reduced = reduced_row(columns, lead, z_target, numbers, OPTIONS, PLAN)
+        to = states + (row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * SIZE
         # A target elsewhere: the identity of the maximum that finds it.
         here = (label >= 0) & (label < vocabulary)
         z_target = tl.where(here, z_target, float("-inf"))
-        reduced = reduced_row(part, lead, z_target, numbers, OPTIONS, PLAN)
-        to = states + (row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * SIZE
-        store_state(to, reduced, OPTIONS)
+        store_state(to, Reduced(reduced.state, z_target, reduced.ties, reduced.predicted), OPTIONS)
 
 
 @triton.jit
@@ -163,15 +166,18 @@ def fused_kernel(
     row = tl.program_id(0)
     saved = Saved(rows, n_rows)
     label = tl.load(labels + row)
-    columns = whole_row(Matrix(logits, strides), class_weight, row, vocabulary, OPTIONS, PLAN)
-    lead = columns.start
-    to = row_beside(Matrix(dlogits, out_strides), row, lead, PLAN)
+    at, lead = place_of(row, strides, PLAN)
+    to = place_beside(row, lead, out_strides, PLAN)
+    start = lead
+    stop = lead + vocabulary
     kept = 0.0
     if label != ignore_index:
-        raw_target = target_of(columns.logits + lead, label, vocabulary)
+        ptr = logits + at
+        raw_target = target_of(ptr + lead, label, vocabulary)
         z_target = softcapped(raw_target, numbers.softcap, OPTIONS.softcap)
         # Before the loop, which hides its latency.
         factor = tl.load(row_scale + row.to(tl.int64) * scale_stride).to(tl.float32)
+        columns = columns_of(ptr, class_weight, lead, start, stop, OPTIONS)
         reduced = reduced_row(columns, lead, z_target, numbers, OPTIONS, PLAN)
         weights = weights_of(class_weight, weight_total, label, vocabulary, OPTIONS)
         kept, g = finish_row(saved, loss, row, reduced, weights, vocabulary, numbers.floor, numbers, OPTIONS)
@@ -180,8 +186,8 @@ def fused_kernel(
         if OPTIONS.softcap:
             g = sloped(g, cap_slope(raw_target, numbers.softcap))
         if kept != 0.0:
-            write_gradient(columns, to, label + lead, scaled(g, factor), numbers, OPTIONS, PLAN)
+            write_gradient(columns, dlogits + to, label + lead, scaled(g, factor), numbers, OPTIONS, PLAN)
     else:
         store_ignored(saved, loss, row)
     if kept == 0.0:
-        write_zeros(columns, to, PLAN)
+        write_zeros(Row(dlogits + to, class_weight, start, stop), PLAN)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .arithmetic import LOWEST, MASKED_LOGIT, comparable, exp2, finite, fma, softcapped, widened
+from .arithmetic import LOWEST, comparable, exp2, finite, fma, softcapped, widened
 from .records import State
 
 
@@ -46,7 +46,7 @@ def nothing(LANES: tl.constexpr):
 def load_masked(row, columns, numbers, OPTIONS):
     """A tile of transformed logits in fp32; columns outside of the row are -inf and add nothing."""
     inside = (columns >= row.start) & (columns < row.stop)
-    z = tl.load(row.logits + columns, mask=inside, other=float("-inf")).to(tl.float32)
+    z = tl.load(row.ptr + columns, mask=inside, other=float("-inf")).to(tl.float32)
     z = softcapped(z, numbers.softcap, OPTIONS.softcap)
     if OPTIONS.softcap:
         z = tl.where(inside, z, float("-inf"))
@@ -67,7 +67,7 @@ def absorb(state, row, columns, numbers, OPTIONS):
         else:
             zsum += tl.sum(tl.where(inside, z, 0.0), 1)
     if OPTIONS.entropy:
-        z = finite(z, MASKED_LOGIT)
+        z = finite(z)
     peak = tl.maximum(state.peak, tl.max(z, 1))
     state = moved(state, offset_of(peak, numbers.k), OPTIONS)
     e, x = tile_sums(z, state.offset[:, None], numbers.k, OPTIONS)
@@ -103,7 +103,7 @@ def absorb_four(state, z0, z1, z2, z3, numbers, OPTIONS):
 @triton.jit
 def load_tail(row, columns, last, EVICT: tl.constexpr):
     """A tile in the logits' own dtype; columns from `last` on are -inf."""
-    return tl.load(row.logits + columns, mask=columns < last, other=float("-inf"), eviction_policy=EVICT)
+    return tl.load(row.ptr + columns, mask=columns < last, other=float("-inf"), eviction_policy=EVICT)
 
 
 @triton.jit

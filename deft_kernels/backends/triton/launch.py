@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import cache, cached_property, lru_cache, wraps
 from typing import Any
 
@@ -15,26 +14,26 @@ from torch import Tensor
 from ...core.spec import Spec, log2_scale
 from ...core.statistics import Field
 from ..choice import interpreted
-from .arithmetic import GENERIC, INTERPRETED, PTX
 from .records import Numbers, Options, Plan, Strides, static
 from .tuning import Launch
 
 
 @cache
-def mode() -> int:
-    """Decided once, as Triton does when it decorates the kernels."""
+def mode() -> str:
+    """See `arithmetic`. Decided once, as Triton does when it decorates the kernels."""
     if interpreted():
-        return INTERPRETED.value
-    return GENERIC.value if torch.version.hip is not None else PTX.value
+        return "interpreted"
+    return "generic" if torch.version.hip is not None else "ptx"
 
 
-def options(mode: int, wide: bool) -> dict[str, Any]:
+@cache
+def options(mode: str, wide: bool) -> dict[str, Any]:
     """Compiler options. Contraction of products and sums is said aloud: Triton 3.10 changes its default.
 
     wide: let ptxas take 128 registers, see the function.
     """
     chosen: dict[str, Any] = {"enable_fp_fusion": True}
-    if wide and mode == PTX.value:
+    if wide and mode == "ptx":
         chosen["maxnreg"] = 128
     return chosen
 
@@ -58,7 +57,7 @@ def lean(spec: Spec) -> bool:
 
 def kernel_for(kernel: Any, vocabulary: int) -> Any:
     """The kernel; for V = 1 one to which V is not a constant, which Triton 3.6 fails to compile."""
-    return kernel if vocabulary > 1 or mode() == INTERPRETED.value else _unspecialised(kernel)
+    return kernel if vocabulary > 1 or mode() == "interpreted" else _unspecialised(kernel)
 
 
 @cache
@@ -92,7 +91,7 @@ THROUGH = {
 class Variants:
     """The kernels of a loss: the options of each, and the numbers that they get."""
 
-    def __init__(self, spec: Spec, vocabulary: int, weighted: bool, mode: int):
+    def __init__(self, spec: Spec, vocabulary: int, weighted: bool, mode: str):
         o = spec.objective
         moves = not o.detach and o.family != "none"
         through = THROUGH.get(o.focus, "held") if moves else "held"
@@ -218,7 +217,9 @@ def on_device(launcher: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(launcher)
     def guarded(logits: Tensor, *args: Any, **keywords: Any) -> Any:
-        with torch.cuda.device(logits.device) if logits.is_cuda else nullcontext():
+        if not logits.is_cuda or logits.device.index == torch.cuda.current_device():
+            return launcher(logits, *args, **keywords)
+        with torch.cuda.device(logits.device):
             return launcher(logits, *args, **keywords)
 
     return guarded

@@ -53,7 +53,7 @@ class Options(NamedTuple):
     """Which variant a kernel is. A kernel gets those that it reads, the others as they stand here: so
     objectives share the kernels in which they do not differ."""
 
-    mode: int
+    mode: str  # see `arithmetic`
     # Of the logits and their reduction.
     softcap: bool = False
     smoothed: bool = False
@@ -90,14 +90,15 @@ class Plan(NamedTuple):
 class Matrix(NamedTuple):
     """Rows of logits, or of their gradient."""
 
-    first: Any  # the first element
+    ptr: Any
     strides: Strides
+    vocabulary: Any
 
 
 class Row(NamedTuple):
-    """The columns [start, stop) of a row, counted from where `logits` points."""
+    """The columns [start, stop) of a row, counted from where `ptr` points."""
 
-    logits: Any
+    ptr: Any
     class_weight: Any  # of column 0, where weights are given
     start: Any
     stop: Any
@@ -191,3 +192,7 @@ class Fields(NamedTuple):
 
 
 assert Fields._fields == tuple(field.name.lower() for field in Field)
+
+# The places of the fields in the buffer, for kernels: `FIELD.value.kept`. One constant for all of them, as
+# each costs the host half a microsecond a launch (see `arithmetic`).
+FIELD = tl.constexpr(Fields(*range(len(Field))))

@@ -26,22 +26,27 @@ def aligned(offset, PLAN):
 
 
 @triton.jit
-def whole_row(logits, class_weight, row, vocabulary, OPTIONS, PLAN):
-    """All columns of a row. They count from the aligned position: the row is [lead, lead + V)."""
-    at, lead = aligned(row_offset(row, logits.strides), PLAN)
-    weights = class_weight
-    if OPTIONS.weighted:
-        weights = class_weight - lead
-    return Row(logits.first + at, weights, lead, lead + vocabulary)
+def place_of(row, strides, PLAN):
+    """(offset from which the columns of a row count, its first column)."""
+    return aligned(row_offset(row, strides), PLAN)
 
 
 @triton.jit
-def row_beside(dlogits, row, lead, PLAN):
-    """Where the gradient of a row is written, whose columns count from `lead` as those of its logits do."""
-    to = row_offset(row, dlogits.strides) - lead
+def place_beside(row, lead, strides, PLAN):
+    """The offset from which the columns of a row's gradient count as those of its logits do."""
+    to = row_offset(row, strides) - lead
     if PLAN.peel:
         to = tl.multiple_of(to, PLAN.width)
-    return dlogits.first + to
+    return to
+
+
+@triton.jit
+def columns_of(ptr, class_weight, lead, start, stop, OPTIONS):
+    """Columns of a row that begins at column `lead`."""
+    weights = class_weight
+    if OPTIONS.weighted:
+        weights = class_weight - lead
+    return Row(ptr, weights, start, stop)
 
 
 @triton.jit

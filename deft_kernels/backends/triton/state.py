@@ -17,7 +17,7 @@ logits a load, and lanes meet once a row: no barrier and no shuffle in the loop.
 import triton
 import triton.language as tl
 
-from .arithmetic import INTERPRETED, MASKED_LOGIT, finite
+from .arithmetic import finite
 from .edges import edge_column, whole_loads
 from .lanes import (
     absorb,
@@ -42,7 +42,7 @@ def add_pairs(s, u, other_s, other_u):
 @triton.jit
 def both_sums(s, u, MODE: tl.constexpr):
     """Sums of two vectors over the lanes, in one meeting of the warps instead of two."""
-    if MODE == INTERPRETED:
+    if MODE == "interpreted":
         return tl.sum(s, 0), tl.sum(u, 0)
     else:
         return tl.reduce((s, u), 0, add_pairs)
@@ -71,17 +71,17 @@ def reduce_row(row, numbers, OPTIONS, PLAN):
     state = nothing(LANES)
 
     begin, last = whole_loads(row, PLAN)
-    body = Row(row.logits, row.class_weight, row.start, last)
+    body = Row(row.ptr, row.class_weight, row.start, last)
     if PLAN.peel:
         state = absorb(state, row, edge_column(lane, row, begin, last, PLAN)[:, None], numbers, OPTIONS)
 
     first = tl.multiple_of(begin + 0, WIDTH)
     if not (OPTIONS.softcap or OPTIONS.smoothed):
         while first + 4 * TILE <= last:
-            z0 = tl.load(row.logits + first + tile, eviction_policy=EVICT)
-            z1 = tl.load(row.logits + first + TILE + tile, eviction_policy=EVICT)
-            z2 = tl.load(row.logits + first + 2 * TILE + tile, eviction_policy=EVICT)
-            z3 = tl.load(row.logits + first + 3 * TILE + tile, eviction_policy=EVICT)
+            z0 = tl.load(row.ptr + first + tile, eviction_policy=EVICT)
+            z1 = tl.load(row.ptr + first + TILE + tile, eviction_policy=EVICT)
+            z2 = tl.load(row.ptr + first + 2 * TILE + tile, eviction_policy=EVICT)
+            z3 = tl.load(row.ptr + first + 3 * TILE + tile, eviction_policy=EVICT)
             state = absorb_four(state, z0, z1, z2, z3, numbers, OPTIONS)
             first += 4 * TILE
     if PLAN.tail and not (OPTIONS.softcap or OPTIONS.smoothed):
@@ -126,7 +126,7 @@ def join_lanes(state, row, body, begin, numbers, OPTIONS, PLAN):
         taken = tl.minimum(taken, tl.min(tl.min(tl.where(z == highest, columns, row.stop), 1), 0))
         z = tl.where(columns == taken, float("-inf"), z)
         if OPTIONS.entropy:
-            z = finite(z, MASKED_LOGIT)
+            z = finite(z)
         e, x = tile_sums(z, joint, numbers.k, OPTIONS)
         s0 += tl.sum(e, 1)
         u0 += tl.sum(e * e, 1)
@@ -137,7 +137,7 @@ def join_lanes(state, row, body, begin, numbers, OPTIONS, PLAN):
         taken = tl.where(z_edge == highest, tl.minimum(taken, at_edge), taken)
         z_edge = tl.where(at_edge == taken, float("-inf"), z_edge)
         if OPTIONS.entropy:
-            z_edge = finite(z_edge, MASKED_LOGIT)
+            z_edge = finite(z_edge)
         e, x = tile_sums(z_edge, joint, numbers.k, OPTIONS)
         s0 += tl.where(lane == 0, e, 0.0)
         u0 += tl.where(lane == 0, e * e, 0.0)
