@@ -50,12 +50,18 @@ def row_loss(
         states = _reduce(call, ignore_index, plan, splits, torch.empty)
         _finish(call, rows, loss, states, states.shape[1], (states.stride(1), states.stride(0)), ignore_index)
     elif call.count > 0:
+        tensors = (logits, labels, call.class_weight, call.weight_total, rows, loss)
+        scalars = (call.count, call.vocabulary, ignore_index)
+        records = (call.strides, call.variants.numbers)
+        static = (call.variants.rows, plan_of(plan, peel(plan.width, (logits, call.strides))))
         kernel_for(statistics_kernel, call.vocabulary)[(call.count,)](
-            logits, labels, call.class_weight, call.weight_total, rows, loss,
-            call.count, call.vocabulary, ignore_index, call.strides, call.variants.numbers,
-            call.variants.rows, plan_of(plan, peel(plan.width, (logits, call.strides))),
-            num_warps=plan.num_warps, **call.variants.compiled_to_reduce,
-        )  # fmt: skip
+            *tensors,
+            *scalars,
+            *records,
+            *static,
+            num_warps=plan.num_warps,
+            **call.variants.compiled_to_reduce,
+        )
     return loss, rows
 
 
@@ -71,11 +77,9 @@ def row_states(
     if splits == 1 or call.count == 0:
         return states[:, 0]
     joined = torch.zeros(call.count, size, dtype=torch.float32, device=call.device)
-    combine_kernel[(call.count,)](
-        labels, states, joined, splits, ignore_index, call.variants.numbers.k,
-        size, _power_of_2(splits), call.variants.states,
-        num_warps=1, **call.variants.compiled,
-    )  # fmt: skip
+    args = (labels, states, joined, splits, ignore_index, call.variants.numbers.k)
+    static = (size, _power_of_2(splits), call.variants.states)
+    combine_kernel[(call.count,)](*args, *static, num_warps=1, **call.variants.compiled)
     return joined
 
 
@@ -111,12 +115,19 @@ def _reduce(
     size = state_size(call.spec)
     states = make(call.count, splits, size, dtype=torch.float32, device=call.device)
     if call.count > 0:
+        tensors = (call.logits, call.labels, call.class_weight, states)
+        scalars = (call.vocabulary, span, ignore_index)
+        records = (call.strides, call.variants.numbers)
+        peeled = peel(plan.width, (call.logits, call.strides))
+        static = (size, call.variants.slices, plan_of(plan, peeled))
         kernel_for(slice_kernel, call.vocabulary)[(call.count, splits)](
-            call.logits, call.labels, call.class_weight, states,
-            call.vocabulary, span, ignore_index, call.strides, call.variants.numbers,
-            size, call.variants.slices, plan_of(plan, peel(plan.width, (call.logits, call.strides))),
-            num_warps=plan.num_warps, **call.variants.compiled_to_reduce,
-        )  # fmt: skip
+            *tensors,
+            *scalars,
+            *records,
+            *static,
+            num_warps=plan.num_warps,
+            **call.variants.compiled_to_reduce,
+        )
     return states
 
 
@@ -139,13 +150,13 @@ def _finish(
     def launch(mean_prob: Tensor | None, variant: Options) -> None:
         if call.count == 0:
             return
+        given = rows if mean_prob is None else mean_prob
+        tensors = (call.labels, call.class_weight, call.weight_total, given, rows, loss, states)
+        scalars = (call.count, parts, *strides, call.vocabulary, ignore_index)
+        static = (mean_prob is not None, _power_of_2(parts), variant)
         finish_kernel[(call.count,)](
-            call.labels, call.class_weight, call.weight_total, rows if mean_prob is None else mean_prob,
-            rows, loss, states,
-            call.count, parts, *strides, call.vocabulary, ignore_index, call.variants.numbers,
-            mean_prob is not None, _power_of_2(parts), variant,
-            num_warps=1, **call.variants.compiled,
-        )  # fmt: skip
+            *tensors, *scalars, call.variants.numbers, *static, num_warps=1, **call.variants.compiled
+        )
 
     objective = call.spec.objective
     if objective.needs_batch:
@@ -175,13 +186,14 @@ def row_loss_with_gradient(
         return loss, rows
     plan = tuning.fused(call.vocabulary, logits.element_size(), lean(spec), warp())
     out_strides = out_strides_of(out, call.strides.inner)
+    peeled = peel(plan.width, (logits, call.strides), (out, out_strides))
+    tensors = (logits, labels, call.class_weight, call.weight_total, rows, loss, row_scale, out)
+    scalars = (call.count, row_scale.stride(0), call.vocabulary, ignore_index)
+    records = (call.strides, out_strides, call.variants.numbers)
+    static = (call.variants.rows, plan_of(plan, peeled))
     kernel_for(fused_kernel, call.vocabulary)[(call.count,)](
-        logits, labels, call.class_weight, call.weight_total, rows, loss, row_scale, out,
-        call.count, row_scale.stride(0), call.vocabulary, ignore_index,
-        call.strides, out_strides, call.variants.numbers,
-        call.variants.rows, plan_of(plan, peel(plan.width, (logits, call.strides), (out, out_strides))),
-        num_warps=plan.num_warps, **call.variants.compiled,
-    )  # fmt: skip
+        *tensors, *scalars, *records, *static, num_warps=plan.num_warps, **call.variants.compiled
+    )
     return loss, rows
 
 
@@ -225,13 +237,15 @@ def gradient(
     if upstream is not None:
         span = call.vocabulary
         programs = min(call.count, RESCALING * processors(call.device))
+    scalar = rows if upstream is None else upstream
+    peeled = peel(plan.width, (logits, call.strides), (out, out_strides))
+    tensors = (logits, labels, call.class_weight, rows, dloss, scalar, out)
+    scalars = (call.count, dloss.stride(0), call.vocabulary, span)
+    records = (call.strides, out_strides, call.variants.numbers)
+    static = (upstream is not None, call.variants.gradient, plan_of(plan, peeled))
     gradient_kernel[(programs, -(-call.vocabulary // span))](
-        logits, labels, call.class_weight, rows, dloss, rows if upstream is None else upstream, out,
-        call.count, dloss.stride(0), call.vocabulary, span, call.strides, out_strides, call.variants.numbers,
-        upstream is not None,
-        call.variants.gradient, plan_of(plan, peel(plan.width, (logits, call.strides), (out, out_strides))),
-        num_warps=plan.num_warps, **call.variants.compiled,
-    )  # fmt: skip
+        *tensors, *scalars, *records, *static, num_warps=plan.num_warps, **call.variants.compiled
+    )
 
 
 @on_device
@@ -262,8 +276,8 @@ def scale(gradient: Tensor, upstream: Tensor, kept: Tensor | None = None) -> Non
     """
     plan = tuning.gradient(gradient.shape[-1], gradient.element_size(), warp())
     rows, vocabulary = gradient.numel() // gradient.shape[-1], gradient.shape[-1]
+    args = (gradient, upstream, upstream if kept is None else kept, rows, vocabulary, strides_of(gradient))
+    static = (kept is not None, mode(), plan_of(plan))
     scale_kernel[(min(rows, RESCALING * processors(gradient.device)),)](
-        gradient, upstream, upstream if kept is None else kept,
-        rows, vocabulary, strides_of(gradient), kept is not None, mode(), plan_of(plan),
-        num_warps=plan.num_warps, **options(mode(), False),
-    )  # fmt: skip
+        *args, *static, num_warps=plan.num_warps, **options(mode(), False)
+    )

@@ -97,9 +97,26 @@ def finish_row(saved, loss_ptr, row, reduced, weights, vocabulary, floor, number
     tl.store(loss_ptr + row, loss)
     correct = tl.where((z_target >= state.peak) & (stats.s == stats.s), 1.0, 0.0)
     fields = Fields(
-        stats.logp, stats.lse, stats.collision, stats.entropy, stats.max_prob, correct, shown, gate, kept,
-        state.offset, stats.s, state.peak, reduced.ties, predicted, g.a, g.b, g.c, g.peak_grad, g.target,
-    )  # fmt: skip
+        logp=stats.logp,
+        lse=stats.lse,
+        collision=stats.collision,
+        entropy=stats.entropy,
+        max_prob=stats.max_prob,
+        correct=correct,
+        alpha=shown,
+        gate=gate,
+        kept=kept,
+        offset=state.offset,
+        sum=stats.s,
+        peak=state.peak,
+        ties=reduced.ties,
+        predicted=predicted,
+        a=g.a,
+        b=g.b,
+        c=g.c,
+        peak_grad=g.peak_grad,
+        target=g.target,
+    )
     store_fields(saved, row, fields)
     return kept, g
 
