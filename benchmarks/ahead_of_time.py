@@ -15,8 +15,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from deft_kernels import objectives
-from deft_kernels.backends.triton import kernels, launch, tuning
-from deft_kernels.backends.triton.arithmetic import GENERIC, PTX
+from deft_kernels.backends.states import state_size
+from deft_kernels.backends.triton import gradient_kernels, kernels, launch, tuning
+from deft_kernels.backends.triton.records import Numbers, Strides
 from deft_kernels.core.spec import Spec
 
 TARGETS = {
@@ -46,6 +47,20 @@ OBJECTIVES = {
 }
 KERNELS = ("statistics", "statistics-stored", "combine", "finish", "gradient", "fused")
 VOCABULARY = 128256
+
+# The kernels' parameters, by name.
+RECORDS: dict[str, Any] = {"strides": Strides, "out_strides": Strides, "numbers": Numbers}
+POINTERS = {
+    "labels": "*i64",
+    **dict.fromkeys(("class_weight", "weight_total", "mean_prob", "rows", "loss"), "*fp32"),
+    **dict.fromkeys(("states", "joined", "row_scale", "dloss", "upstream"), "*fp32"),
+}
+INTEGERS = {
+    **dict.fromkeys(("n_rows", "vocabulary", "span", "ignore_index", "splits"), "i32"),
+    **dict.fromkeys(("dloss_stride", "scale_stride", "stride_inner", "stride"), "i32"),
+    **dict.fromkeys(("stride_outer", "outer"), "i64"),
+}
+ALIGNED = {"n_rows", "vocabulary", "span", "stride_outer", "stride_inner", "outer", "stride"}
 
 
 @dataclass(frozen=True)
@@ -87,73 +102,59 @@ def source(variant: Variant) -> tuple[ASTSource, dict[str, Any]]:
         plan = tuning.fused(vocabulary, itemsize, launch.lean(spec), warp)
     else:
         plan = tuning.statistics(vocabulary, itemsize, spec.needs_entropy, warp)
-    kernel = {
-        "statistics": kernels.statistics_kernel,
-        "statistics-stored": kernels.statistics_kernel,
-        "combine": kernels.combine_kernel,
-        "finish": kernels.finish_kernel,
-        "gradient": kernels.gradient_kernel,
-        "fused": kernels.fused_kernel,
+    mode = "generic" if hip else "ptx"
+    variants = launch.variants(spec, vocabulary, "weights" in options, mode)
+    kernel, record = {
+        "statistics": (kernels.statistics_kernel, variants.rows),
+        "statistics-stored": (kernels.slice_kernel, variants.slices),
+        "combine": (kernels.combine_kernel, variants.states),
+        "finish": (kernels.finish_kernel, variants.finish),
+        "gradient": (gradient_kernels.gradient_kernel, variants.gradient),
+        "fused": (kernels.fused_kernel, variants.rows),
     }[variant.kernel]
-    constants: dict[str, Any] = dict(launch.objective_constants(spec))
-    constants |= {
-        "WEIGHTED": "weights" in options,
-        "SOFTCAP": spec.softcap > 0,
-        "TIES": spec.peaks,
-        "STORED": variant.kernel == "statistics-stored",
-        "PEEL": "peel" in options,
-        "TAIL": plan.tail,
-        "NEAR": plan.near,
-        "LANES": plan.lanes,
-        "WIDTH": plan.width,
-        "MODE": GENERIC.value if hip else PTX.value,
+    constants: dict[str, Any] = {
+        "OPTIONS": record,
+        "PLAN": launch.plan_of(plan, "peel" in options),
+        "SIZE": state_size(spec),
         "BATCH": False,
         "SPLITS": 8,
         "UPSTREAM": False,
-        "SQUARES": spec.squares,
-        "LOGS": spec.logs,
-        "PEAKS": spec.peaks,
     }
-    numbers = ("rows", "loss", "states", "weight_total", "row_scale", "dloss", "upstream", "joined")
-    pointer = dict.fromkeys(numbers, "*fp32")
-    pointer |= {"logits": f"*{variant.dtype}", "dlogits": f"*{variant.dtype}", "labels": "*i64"}
-    pointer["class_weight"] = "*fp32"
-    if variant.kernel == "finish":
-        pointer["floor"] = "fp32"
-    integers = {
-        "n_rows", "inner", "stride_outer", "stride_inner", "out_outer", "out_inner", "vocabulary", "span",
-        "ignore_index", "dloss_stride", "scale_stride", "splits",
-    }  # fmt: skip
-    wide = {"stride_outer", "out_outer"}
-    signature: dict[str, str] = {}
+    signature: dict[str, Any] = {}
     constexprs: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[Any]] = {}
-    aligned = {"stride_outer", "stride_inner", "out_outer", "out_inner", "vocabulary", "span", "n_rows"}
-    if "peel" in options:
-        aligned = {"span"}
-    for index, name in enumerate(kernel.arg_names):
+
+    def declare(name: str, *path: int) -> Any:
+        """The type of an argument, or of a field of one that is a record, as a launch would find it."""
         if name in constants:
-            signature[name] = "constexpr"
-            constexprs[(index,)] = constants[name]
-        elif name in pointer:
-            signature[name] = pointer[name]
-            if pointer[name].startswith("*"):
-                attributes[(index,)] = [["tt.divisibility", 16]]
-        elif name == "inner" or (name in integers - {"vocabulary"} and "ones" in options):
+            constexprs[path] = constants[name]
+            return "constexpr"
+        if name in POINTERS or name in ("logits", "dlogits"):
+            attributes[path] = [["tt.divisibility", 16]]
+            return POINTERS.get(name, f"*{variant.dtype}")
+        if name == "inner" or (name in INTEGERS and name != "vocabulary" and "ones" in options):
             # Triton specialises on an integer that is 1; `inner` is for ordinary rows, all are at N = V = 1
             # but the vocabulary (see `launch.kernel_for`).
-            signature[name] = "constexpr"
-            constexprs[(index,)] = 1
-        elif name in integers:
-            signature[name] = "i64" if name in wide else "i32"
-            if name in aligned:
-                attributes[(index,)] = [["tt.divisibility", 16]]
+            constexprs[path] = 1
+            return "constexpr"
+        if name in INTEGERS:
+            if name in ALIGNED and (name == "span" or "peel" not in options):
+                attributes[path] = [["tt.divisibility", 16]]
+            return INTEGERS[name]
+        return "fp32"
+
+    for index, name in enumerate(kernel.arg_names):
+        if name in ("OPTIONS", "PLAN"):
+            fields = constants[name]
+            signature[name] = type(fields)(*["constexpr"] * len(fields))
+            constexprs |= {(index, place): value for place, value in enumerate(fields)}
+        elif name in RECORDS:
+            fields = RECORDS[name]._fields
+            signature[name] = RECORDS[name](*(declare(f, index, i) for i, f in enumerate(fields)))
         else:
-            signature[name] = "fp32"
+            signature[name] = declare(name, index)
     compiled = ASTSource(kernel, signature=signature, constexprs=constexprs, attrs=attributes)
-    chosen = launch.options(
-        constants["MODE"], launch.wide(spec, reduces=variant.kernel.startswith("statistics"))
-    )
+    chosen = variants.compiled_to_reduce if variant.kernel.startswith("statistics") else variants.compiled
     return compiled, {"num_warps": 1 if variant.kernel in ("combine", "finish") else plan.num_warps, **chosen}
 
 

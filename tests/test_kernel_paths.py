@@ -12,6 +12,7 @@ from torch import Tensor
 
 from deft_kernels import deft_loss, objectives
 from deft_kernels.backends.triton import launch, tuning
+from deft_kernels.backends.triton.records import Strides
 from deft_kernels.backends.triton.tuning import Launch
 from deft_kernels.objectives import Objective
 
@@ -114,10 +115,11 @@ def test_logits_that_begin_off_a_boundary(lead: int, in_forward: bool, inplace: 
 def test_no_peeling_where_the_base_is_off_a_boundary() -> None:
     """Rows that lie alike, the first of them off: peeling would gain nothing, as no load gets wide."""
     storage = torch.zeros(4 + 3 * 1289, dtype=torch.bfloat16)
-    strides = ((1289, 0), (1289, 0))
-    assert launch.peel(8, (storage, storage), strides)
-    assert not launch.peel(8, (storage[4:], storage[4:]), strides)
-    assert not launch.peel(8, (storage, storage[4:]), strides)
+    strides = Strides(1, 1289, 0)
+    on, off = (storage, strides), (storage[4:], strides)
+    assert launch.peel(8, on, on)
+    assert not launch.peel(8, off, off)
+    assert not launch.peel(8, on, off)
 
 
 @pytest.mark.parametrize("in_forward", [False, True])

@@ -118,9 +118,8 @@ def test_peeling_needs_rows_that_lie_alike() -> None:
     """A hint of alignment that is wrong for one of two tensors would fault on a GPU."""
 
     def peel(logits: Tensor, out: Tensor) -> bool:
-        inner, *own = launch.strides_of(logits)
-        strides = ((own[0], own[1]), launch.out_strides_of(out, inner))
-        return launch.peel(8, (logits, out), strides)
+        own = launch.strides_of(logits)
+        return launch.peel(8, (logits, own), (out, launch.out_strides_of(out, own.inner)))
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.bfloat16)

@@ -1,15 +1,14 @@
 """Device arithmetic: what the row loops and the row formulas are made of.
 
-MODE says how a primitive is spelled: INTERPRETED, PTX or GENERIC. libdevice does not run in Triton's
+MODE says how a primitive is spelled: "interpreted", "ptx" or "generic". libdevice does not run in Triton's
 interpreter and inline assembly neither, so everything has a spelling from primitives.
+
+Triton compares every global constant that a kernel uses at each launch, half a microsecond each: a constant
+is used in one module, behind a function, and options are words.
 """
 
 import triton
 import triton.language as tl
-
-INTERPRETED = tl.constexpr(0)
-PTX = tl.constexpr(1)
-GENERIC = tl.constexpr(2)
 
 # Finite stand-in for the offset of nothing: (-inf) - (-inf) would be NaN. It bounds offsets from below,
 # because fl(k z) is off by up to half an ulp: 16 at 2^28, harmless, but 128 at 2^31, where 2^x overflows. A
@@ -24,7 +23,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 @triton.jit
 def exp2(x, MODE: tl.constexpr):
     """2^x with results below 2^-126 flushed to 0; plain exp2 pays two instructions more to keep them."""
-    if MODE == PTX:
+    if MODE == "ptx":
         return tl.inline_asm_elementwise(
             "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
@@ -35,11 +34,16 @@ def exp2(x, MODE: tl.constexpr):
 @triton.jit
 def fma(x, y, z, MODE: tl.constexpr):
     """x y + z rounded once, whatever the compiler's default for contraction."""
-    if MODE == INTERPRETED:
+    if MODE == "interpreted":
         # The interpreter's fma rounds twice; this shows the arithmetic that the GPU does.
         return (x.to(tl.float64) * y + z).to(tl.float32)
     else:
         return tl.fma(x, y, z)
+
+
+@triton.jit
+def nats(bits):
+    return LN2 * bits
 
 
 @triton.jit
@@ -112,20 +116,20 @@ def cap_slope(z, softcap):
 
 
 @triton.jit
-def finite(z, FLOOR: tl.constexpr):
+def finite(z):
     """A masked logit as a finite one of probability 0, so that p log p is 0 and not 0 * -inf.
 
     In the logits' own dtype: on packed bf16 this is half an instruction a logit, after the conversion to
     fp32 a whole one. fp16 has no number that is low enough (see `widened`). A NaN stays one: the plain
     maximum would hide it.
     """
-    return tl.maximum(z, tl.full((), FLOOR, z.dtype), propagate_nan=tl.PropagateNan.ALL)
+    return tl.maximum(z, tl.full((), MASKED_LOGIT, z.dtype), propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def comparable(z, MODE: tl.constexpr):
     """Logits in a dtype whose maximum can be taken: the interpreter compares bf16 as integers."""
-    if MODE == INTERPRETED and z.dtype == tl.bfloat16:
+    if MODE == "interpreted" and z.dtype == tl.bfloat16:
         return z.to(tl.float32)
     else:
         return z
@@ -139,7 +143,7 @@ def widened(z, FINITE: tl.constexpr, MODE: tl.constexpr):
     widened first and pays half an instruction more: its lowest number, -65504, lies above the offset LOWEST
     of a lane that has seen masked logits only, and 2^x would overflow.
     """
-    if MODE == PTX and z.dtype == tl.bfloat16:
+    if MODE == "ptx" and z.dtype == tl.bfloat16:
         if FINITE:
             # 0xf149 is -1e30.
             return tl.inline_asm_elementwise(
@@ -153,9 +157,9 @@ def widened(z, FINITE: tl.constexpr, MODE: tl.constexpr):
                 "=r,=r,r", [z], dtype=tl.float32, is_pure=True, pack=2,
             )  # fmt: skip
     elif FINITE and z.dtype == tl.float16:
-        return finite(z.to(tl.float32), MASKED_LOGIT)
+        return finite(z.to(tl.float32))
     elif FINITE:
-        return finite(comparable(z, MODE), MASKED_LOGIT).to(tl.float32)
+        return finite(comparable(z, MODE)).to(tl.float32)
     else:
         return z.to(tl.float32)
 
@@ -163,7 +167,7 @@ def widened(z, FINITE: tl.constexpr, MODE: tl.constexpr):
 @triton.jit
 def narrowed(d, to, MODE: tl.constexpr):
     """fp32 to the pointer's element type, to nearest even; the interpreter cuts bf16 off instead."""
-    if MODE == INTERPRETED and to.dtype.element_ty == tl.bfloat16:
+    if MODE == "interpreted" and to.dtype.element_ty == tl.bfloat16:
         bits = d.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         return bits.to(tl.int16).to(tl.bfloat16, bitcast=True)

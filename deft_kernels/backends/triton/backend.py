@@ -4,27 +4,19 @@ buffers of [N] numbers between launches. Nothing here waits for the device.
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from collections.abc import Callable
 
 import torch
-import triton
 from torch import Tensor
 
 from ...core.groups import batch_mean
 from ...core.spec import Spec
 from ...core.statistics import Field
 from ..states import state_size
-from . import objectives, tuning
+from . import tuning
 from .batch_kernels import mean_scale_kernel, weighted_total_kernel
-from .kernels import (
-    combine_kernel,
-    finish_kernel,
-    fused_kernel,
-    gradient_kernel,
-    scale_kernel,
-    statistics_kernel,
-)
+from .gradient_kernels import gradient_kernel, scale_kernel
+from .kernels import combine_kernel, finish_kernel, fused_kernel, slice_kernel, statistics_kernel
 from .launch import (
     Call,
     kernel_for,
@@ -34,11 +26,12 @@ from .launch import (
     options,
     out_strides_of,
     peel,
+    plan_of,
     processors,
     strides_of,
     warp,
-    wide,
 )
+from .records import Options
 
 # Programs a multiprocessor of a launch that mostly finds nothing to do, because the upstream is 1.
 RESCALING = 8
@@ -52,12 +45,23 @@ def row_loss(
     """As `pytorch.backend.row_loss`."""
     call = Call(logits, labels, class_weight, spec)
     rows, loss = call.buffers()
-    splits = _splits(call)
-    if splits == 1 and not spec.objective.needs_batch:
-        _reduce(call, ignore_index, 0, (rows, loss))
-        return loss, rows
-    states = _reduce(call, ignore_index, splits)
-    _finish(call, rows, loss, states, states.shape[1], (states.stride(1), states.stride(0)), ignore_index)
+    plan, splits = _slicing(call)
+    if splits > 1 or spec.objective.needs_batch:
+        states = _reduce(call, ignore_index, plan, splits, torch.empty)
+        _finish(call, rows, loss, states, states.shape[1], (states.stride(1), states.stride(0)), ignore_index)
+    elif call.count > 0:
+        tensors = (logits, labels, call.class_weight, call.weight_total, rows, loss)
+        scalars = (call.count, call.vocabulary, ignore_index)
+        records = (call.strides, call.variants.numbers)
+        static = (call.variants.rows, plan_of(plan, peel(plan.width, (logits, call.strides))))
+        kernel_for(statistics_kernel, call.vocabulary)[(call.count,)](
+            *tensors,
+            *scalars,
+            *records,
+            *static,
+            num_warps=plan.num_warps,
+            **call.variants.compiled_to_reduce,
+        )
     return loss, rows
 
 
@@ -67,17 +71,15 @@ def row_states(
 ) -> Tensor:
     """As `pytorch.backend.row_states`."""
     call = Call(logits, labels, class_weight, spec)
-    states = _reduce(call, ignore_index, _splits(call), travels=True)
-    splits = states.shape[1]
+    # Zeros: rows that do not count are not written, but go to other ranks with the rest.
+    states = _reduce(call, ignore_index, *_slicing(call), torch.zeros)
+    _, splits, size = states.shape
     if splits == 1 or call.count == 0:
         return states[:, 0]
-    joined = torch.zeros(call.count, state_size(spec), dtype=torch.float32, device=call.device)
-    combine_kernel[(call.count,)](
-        labels, states, joined, splits, ignore_index, call.k,
-        SMOOTHED=spec.label_smoothing > 0, TIES=spec.peaks, PREDICTED=spec.statistics,
-        ENTROPY=spec.needs_entropy, SPLITS=triton.next_power_of_2(splits), MODE=call.mode,
-        num_warps=1, **call.options,
-    )  # fmt: skip
+    joined = torch.zeros(call.count, size, dtype=torch.float32, device=call.device)
+    args = (labels, states, joined, splits, ignore_index, call.variants.numbers.k)
+    static = (size, _power_of_2(splits), call.variants.states)
+    combine_kernel[(call.count,)](*args, *static, num_warps=1, **call.variants.compiled)
     return joined
 
 
@@ -91,53 +93,47 @@ def states_loss(
     spec: Spec,
 ) -> tuple[Tensor, Tensor]:
     """As `pytorch.backend.states_loss`."""
-    call = Call(states, labels, class_weight, spec)
-    call.vocabulary = vocabulary
+    call = Call(states, labels, class_weight, spec, vocabulary)
     rows, loss = call.buffers()
     _finish(call, rows, loss, states, states.shape[0], (states.stride(0), states.stride(1)), ignore_index)
     return loss, rows
 
 
-def _splits(call: Call) -> int:
-    """Programs a row."""
-    plan = tuning.statistics(call.vocabulary, call.logits.element_size(), call.spec.needs_entropy, warp())
-    return tuning.splits(call.count, call.vocabulary, plan.tile, processors(call.device))
+def _slicing(call: Call) -> tuple[tuning.Launch, int]:
+    """How rows are reduced, and by how many programs each."""
+    vocabulary = call.vocabulary
+    plan = tuning.statistics(vocabulary, call.logits.element_size(), call.spec.needs_entropy, warp())
+    return plan, tuning.splits(call.count, vocabulary, plan.tile, processors(call.device))
 
 
 def _reduce(
-    call: Call,
-    ignore_index: int,
-    splits: int,
-    outputs: tuple[Tensor, Tensor] | None = None,
-    *,
-    travels: bool = False,
+    call: Call, ignore_index: int, plan: tuning.Launch, splits: int, make: Callable[..., Tensor]
 ) -> Tensor:
-    """Launch `statistics_kernel`: with splits to states [N, splits, size], without to the `outputs`."""
-    spec, stored = call.spec, splits > 0
-    plan = tuning.statistics(call.vocabulary, call.logits.element_size(), call.spec.needs_entropy, warp())
-    span = call.vocabulary
-    if stored:
-        span = plan.tile * max(1, math.ceil(call.vocabulary / (plan.tile * splits)))
-        splits = math.ceil(call.vocabulary / span)
-    shape = (call.count, splits, state_size(spec))
-    # Ignored rows are not written, but travel.
-    make = torch.zeros if travels else torch.empty
-    states = make(shape, dtype=torch.float32, device=call.device)
-    if call.count == 0:
-        return states
-    rows, loss = outputs or (states, states)
-    kernel_for(statistics_kernel, min(call.vocabulary, 2))[(call.count, max(splits, 1))](
-        call.logits, call.labels, call.class_weight, call.weight_total, rows, loss,
-        states if stored else rows,
-        call.count, **call.position(), vocabulary=call.vocabulary, span=span, ignore_index=ignore_index,
-        k=call.k, softcap=spec.softcap, temperature=spec.temperature,
-        floor=0.5 * (spec.objective.mean_prob or 0.0), **call.scalars, **call.constants,
-        WEIGHTED=call.weighted, SOFTCAP=call.softcap, TIES=spec.peaks, STORED=stored,
-        PEEL=peel(plan.width, (call.logits,), (call.strides,)), TAIL=plan.tail,
-        LANES=plan.lanes, WIDTH=plan.width, MODE=call.mode, num_warps=plan.num_warps,
-        **options(call.mode, wide(spec, reduces=True)),
-    )  # fmt: skip
+    """States [N, splits, size], one of each slice of a row: whole tiles, none without a column."""
+    span = plan.tile * max(1, -(-call.vocabulary // (plan.tile * splits)))
+    splits = -(-call.vocabulary // span)
+    size = state_size(call.spec)
+    states = make(call.count, splits, size, dtype=torch.float32, device=call.device)
+    if call.count > 0:
+        tensors = (call.logits, call.labels, call.class_weight, states)
+        scalars = (call.vocabulary, span, ignore_index)
+        records = (call.strides, call.variants.numbers)
+        peeled = peel(plan.width, (call.logits, call.strides))
+        static = (size, call.variants.slices, plan_of(plan, peeled))
+        kernel_for(slice_kernel, call.vocabulary)[(call.count, splits)](
+            *tensors,
+            *scalars,
+            *records,
+            *static,
+            num_warps=plan.num_warps,
+            **call.variants.compiled_to_reduce,
+        )
     return states
+
+
+def _power_of_2(parts: int) -> int:
+    """The next one: the kernels' vectors are that long."""
+    return 1 << (parts - 1).bit_length()
 
 
 def _finish(
@@ -150,26 +146,27 @@ def _finish(
     ignore_index: int,
 ) -> None:
     """strides: from part to part, from row to row."""
-    spec = call.spec
 
-    def launch(floor: Tensor | float, batch: bool, constants: dict[str, Any]) -> None:
+    def launch(mean_prob: Tensor | None, variant: Options) -> None:
         if call.count == 0:
             return
+        given = rows if mean_prob is None else mean_prob
+        tensors = (call.labels, call.class_weight, call.weight_total, given, rows, loss, states)
+        scalars = (call.count, parts, *strides, call.vocabulary, ignore_index)
+        static = (mean_prob is not None, _power_of_2(parts), variant)
         finish_kernel[(call.count,)](
-            call.labels, call.class_weight, call.weight_total, floor, rows, loss, states,
-            call.count, parts, *strides, call.vocabulary, ignore_index, call.k, spec.temperature,
-            **call.scalars, **constants, WEIGHTED=call.weighted, TIES=spec.peaks, BATCH=batch,
-            SPLITS=triton.next_power_of_2(parts), MODE=call.mode, num_warps=1, **call.options,
-        )  # fmt: skip
+            *tensors, *scalars, call.variants.numbers, *static, num_warps=1, **call.variants.compiled
+        )
 
-    if spec.objective.needs_batch:
-        # First only the statistics, for the batch's mean p; the logits are not read again.
-        none = {"FOCUS": objectives.FOCI["fixed"], "FAMILY": objectives.FAMILIES["none"], "THROUGH": 0}
-        launch(0.0, False, call.constants | none)
-        mean = batch_mean(rows[Field.LOGP], call.labels != ignore_index, spec.objective.batch_group)
-        launch(mean, True, call.constants)
+    objective = call.spec.objective
+    if objective.needs_batch:
+        # First only the statistics, for the batch's mean p; the logits are not read again. Ranks without a
+        # row take part in the mean as well.
+        launch(None, call.variants.batch)
+        mean = batch_mean(rows[Field.LOGP], call.labels != ignore_index, objective.batch_group)
+        launch(mean, call.variants.finish)
     else:
-        launch(0.5 * (spec.objective.mean_prob or 0.0), False, call.constants)
+        launch(None, call.variants.finish)
 
 
 @on_device
@@ -188,20 +185,15 @@ def row_loss_with_gradient(
     if call.count == 0:
         return loss, rows
     plan = tuning.fused(call.vocabulary, logits.element_size(), lean(spec), warp())
-    out_outer, out_inner = out_strides = out_strides_of(out, call.inner)
-    kernel_for(fused_kernel, min(call.vocabulary, 2))[(call.count,)](
-        logits, labels, call.class_weight, call.weight_total, rows, loss, row_scale, out,
-        call.count, **call.position(), out_outer=out_outer, out_inner=out_inner,
-        scale_stride=row_scale.stride(0), vocabulary=call.vocabulary, ignore_index=ignore_index, k=call.k,
-        softcap=spec.softcap, temperature=spec.temperature,
-        floor=0.5 * (spec.objective.mean_prob or 0.0), **call.scalars,
-        spread=spec.label_smoothing / call.vocabulary / spec.temperature, **call.constants,
-        WEIGHTED=call.weighted, SOFTCAP=call.softcap, TIES=spec.peaks,
-        PEEL=peel(plan.width, (logits, out), (call.strides, out_strides)),
-        TAIL=plan.tail, NEAR=plan.near,
-        LANES=plan.lanes, WIDTH=plan.width, MODE=call.mode,
-        num_warps=plan.num_warps, **call.options,
-    )  # fmt: skip
+    out_strides = out_strides_of(out, call.strides.inner)
+    peeled = peel(plan.width, (logits, call.strides), (out, out_strides))
+    tensors = (logits, labels, call.class_weight, call.weight_total, rows, loss, row_scale, out)
+    scalars = (call.count, row_scale.stride(0), call.vocabulary, ignore_index)
+    records = (call.strides, out_strides, call.variants.numbers)
+    static = (call.variants.rows, plan_of(plan, peeled))
+    kernel_for(fused_kernel, call.vocabulary)[(call.count,)](
+        *tensors, *scalars, *records, *static, num_warps=plan.num_warps, **call.variants.compiled
+    )
     return loss, rows
 
 
@@ -240,23 +232,20 @@ def gradient(
         return
     plan = tuning.gradient(call.vocabulary, logits.element_size(), warp())
     span = plan.tile * 2 * SLICE_TURNS
-    out_outer, out_inner = out_strides = out_strides_of(out, call.inner)
+    out_strides = out_strides_of(out, call.strides.inner)
     programs = call.count
     if upstream is not None:
         span = call.vocabulary
         programs = min(call.count, RESCALING * processors(call.device))
-    grid = (programs, math.ceil(call.vocabulary / span))
-    gradient_kernel[grid](
-        logits, labels, call.class_weight, rows, dloss, rows if upstream is None else upstream, out,
-        call.count, **call.position(), out_outer=out_outer, out_inner=out_inner,
-        dloss_stride=dloss.stride(0), vocabulary=call.vocabulary, span=span, k=call.k,
-        softcap=spec.softcap, spread=spec.label_smoothing / call.vocabulary / spec.temperature,
-        UPSTREAM=upstream is not None, SQUARES=spec.squares, LOGS=spec.logs, PEAKS=spec.peaks,
-        SMOOTHED=spec.label_smoothing > 0, WEIGHTED=call.weighted, SOFTCAP=call.softcap,
-        PEEL=peel(plan.width, (logits, out), (call.strides, out_strides)),
-        NEAR=plan.near, LANES=plan.lanes, WIDTH=plan.width, MODE=call.mode,
-        num_warps=plan.num_warps, **call.options,
-    )  # fmt: skip
+    scalar = rows if upstream is None else upstream
+    peeled = peel(plan.width, (logits, call.strides), (out, out_strides))
+    tensors = (logits, labels, call.class_weight, rows, dloss, scalar, out)
+    scalars = (call.count, dloss.stride(0), call.vocabulary, span)
+    records = (call.strides, out_strides, call.variants.numbers)
+    static = (upstream is not None, call.variants.gradient, plan_of(plan, peeled))
+    gradient_kernel[(programs, -(-call.vocabulary // span))](
+        *tensors, *scalars, *records, *static, num_warps=plan.num_warps, **call.variants.compiled
+    )
 
 
 @on_device
@@ -286,10 +275,9 @@ def scale(gradient: Tensor, upstream: Tensor, kept: Tensor | None = None) -> Non
     kept: [N], 0 at rows to leave as they are.
     """
     plan = tuning.gradient(gradient.shape[-1], gradient.element_size(), warp())
-    inner, outer, stride = strides_of(gradient)
-    rows = gradient.numel() // gradient.shape[-1]
+    rows, vocabulary = gradient.numel() // gradient.shape[-1], gradient.shape[-1]
+    args = (gradient, upstream, upstream if kept is None else kept, rows, vocabulary, strides_of(gradient))
+    static = (kept is not None, mode(), plan_of(plan))
     scale_kernel[(min(rows, RESCALING * processors(gradient.device)),)](
-        gradient, upstream, upstream if kept is None else kept, rows, inner, outer, stride,
-        gradient.shape[-1], KEPT=kept is not None,
-        LANES=plan.lanes, WIDTH=plan.width, MODE=mode(), num_warps=plan.num_warps, **options(mode(), False),
-    )  # fmt: skip
+        *args, *static, num_warps=plan.num_warps, **options(mode(), False)
+    )

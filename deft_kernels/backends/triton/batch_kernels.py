@@ -12,8 +12,9 @@ ROWS = tl.constexpr(4096)
 def mean_scale_kernel(
     labels,  # [N] int64
     scale,  # [1] fp32
-    n_rows, ignore_index,
-):  # fmt: skip
+    n_rows,
+    ignore_index,
+):
     """1 over the number of rows that count, 1 if none does."""
     counted = tl.zeros((ROWS,), tl.int32)
     first = 0
@@ -31,8 +32,9 @@ def weighted_total_kernel(
     kept,  # [N] fp32
     row_scale,  # [N] fp32, stride scale_stride
     total,  # [1] fp32
-    n_rows, scale_stride,
-):  # fmt: skip
+    n_rows,
+    scale_stride,
+):
     """sum_i row_scale_i loss_i over the rows that are kept; what a scale holds elsewhere is not met."""
     sums = tl.zeros((ROWS,), tl.float32)
     first = 0

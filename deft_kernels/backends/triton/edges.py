@@ -8,21 +8,23 @@ import triton.language as tl
 
 
 @triton.jit
-def whole_loads(start, stop, WIDTH: tl.constexpr, PEEL: tl.constexpr):
-    """(first, last): full loads cover the columns [first, last) of [start, stop), none if last <= first."""
-    if PEEL:
-        first = tl.multiple_of((start + WIDTH - 1) // WIDTH * WIDTH, WIDTH)
-        return first, tl.multiple_of(stop // WIDTH * WIDTH, WIDTH)
+def whole_loads(row, PLAN):
+    """(first, last): full loads cover the columns [first, last) of a row, none if last <= first."""
+    WIDTH: tl.constexpr = PLAN.width
+    if PLAN.peel:
+        first = tl.multiple_of((row.start + WIDTH - 1) // WIDTH * WIDTH, WIDTH)
+        return first, tl.multiple_of(row.stop // WIDTH * WIDTH, WIDTH)
     else:
-        return tl.multiple_of(start, WIDTH), stop
+        return tl.multiple_of(row.start, WIDTH), row.stop
 
 
 @triton.jit
-def edge_column(lane, start, stop, first, last, WIDTH: tl.constexpr):
+def edge_column(lane, row, first, last, PLAN):
     """The column at an edge that a lane handles, or one that is not below `stop`: nothing.
 
     The first WIDTH lanes take the columns before `first`, the next WIDTH those from `last` on.
     """
-    head = tl.where(start + lane < first, start + lane, stop)
+    WIDTH: tl.constexpr = PLAN.width
+    head = tl.where(row.start + lane < first, row.start + lane, row.stop)
     tail = tl.maximum(first, last) + lane - WIDTH
-    return tl.where(lane < WIDTH, head, tl.where(lane < 2 * WIDTH, tail, stop))
+    return tl.where(lane < WIDTH, head, tl.where(lane < 2 * WIDTH, tail, row.stop))

@@ -1,11 +1,10 @@
-"""What the launches of one call share: tensors as the kernels address them, scalars, constexprs, options."""
+"""What the launches of one call share: tensors as the kernels address them, records, compiler options."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
-from functools import cached_property, lru_cache, wraps
+from functools import cache, cached_property, lru_cache, wraps
 from typing import Any
 
 import torch
@@ -15,23 +14,26 @@ from torch import Tensor
 from ...core.spec import Spec, log2_scale
 from ...core.statistics import Field
 from ..choice import interpreted
-from . import finish, objectives
-from .arithmetic import GENERIC, INTERPRETED, PTX
+from .records import Numbers, Options, Plan, Strides, static
+from .tuning import Launch
 
 
-def mode() -> int:
+@cache
+def mode() -> str:
+    """See `arithmetic`. Decided once, as Triton does when it decorates the kernels."""
     if interpreted():
-        return INTERPRETED.value
-    return GENERIC.value if torch.version.hip is not None else PTX.value
+        return "interpreted"
+    return "generic" if torch.version.hip is not None else "ptx"
 
 
-def options(mode: int, wide: bool) -> dict[str, Any]:
+@cache
+def options(mode: str, wide: bool) -> dict[str, Any]:
     """Compiler options. Contraction of products and sums is said aloud: Triton 3.10 changes its default.
 
     wide: let ptxas take 128 registers, see the function.
     """
     chosen: dict[str, Any] = {"enable_fp_fusion": True}
-    if wide and mode == PTX.value:
+    if wide and mode == "ptx":
         chosen["maxnreg"] = 128
     return chosen
 
@@ -53,70 +55,118 @@ def lean(spec: Spec) -> bool:
     return not (heavy or spec.softcap > 0 or spec.label_smoothing > 0)
 
 
-@lru_cache(maxsize=8)
 def kernel_for(kernel: Any, vocabulary: int) -> Any:
     """The kernel; for V = 1 one to which V is not a constant, which Triton 3.6 fails to compile."""
-    if vocabulary > 1 or interpreted():
-        return kernel
+    return kernel if vocabulary > 1 or mode() == "interpreted" else _unspecialised(kernel)
+
+
+@cache
+def _unspecialised(kernel: Any) -> Any:
     return triton.jit(kernel.fn, do_not_specialize=["vocabulary"])
 
 
+@cache
 def warp() -> int:
     return 64 if torch.version.hip is not None else 32
 
 
+@cache
 def processors(device: torch.device) -> int:
     if device.type == "cpu":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-# Made once a Spec: anew at each launch they take the host longer than the launch.
-@lru_cache(maxsize=256)
-def objective_constants(spec: Spec) -> dict[str, Any]:
-    """The constexprs that say which objective it is."""
-    o = spec.objective
-    through = finish.HELD
-    if not o.detach and o.family != "none":
-        by = {
-            "cayley": finish.BY_LOGP,
-            "prob": finish.BY_LOGP,
-            "collision": finish.BY_COLLISION,
-            "shannon": finish.BY_ENTROPY,
-            "entropy": finish.BY_ENTROPY,
-            "max_prob": finish.BY_MAX_PROB,
-        }
-        through = by.get(o.focus, finish.HELD)
-    return {
-        "FOCUS": objectives.FOCI[o.focus],
-        "FAMILY": objectives.FAMILIES[o.family],
-        "THROUGH": through.value,
-        "IS_WEIGHT": o.family == "weighted",
-        "BANDED": o.has_band,
-        "Z_LOSS": spec.z_loss > 0,
-        "SMOOTHED": spec.label_smoothing > 0,
-        "ENTROPY": spec.needs_entropy,
-        "PREDICTED": spec.statistics,
-    }
+# Where the derivative by a focus index goes on to, when the gate is not held constant.
+THROUGH = {
+    "cayley": "logp",
+    "prob": "logp",
+    "collision": "collision",
+    "shannon": "entropy",
+    "entropy": "entropy",
+    "max_prob": "max_prob",
+}
+
+
+class Variants:
+    """The kernels of a loss: the options of each, and the numbers that they get."""
+
+    def __init__(self, spec: Spec, vocabulary: int, weighted: bool, mode: str):
+        o = spec.objective
+        moves = not o.detach and o.family != "none"
+        through = THROUGH.get(o.focus, "held") if moves else "held"
+        states = Options(
+            mode,
+            smoothed=spec.label_smoothing > 0,
+            entropy=spec.needs_entropy,
+            ties=spec.peaks,
+            predicted=spec.statistics,
+        )
+        finish = states._replace(
+            weighted=weighted,
+            focus="fixed" if o.family == "none" else o.focus,
+            family=o.family,
+            through=through,
+            banded=o.has_band,
+            z_loss=spec.z_loss > 0,
+        )
+        softcap = spec.softcap > 0
+        self.states = static(states)
+        self.slices = static(states._replace(softcap=softcap, weighted=weighted))
+        self.finish = static(finish)
+        # Without the objective: the statistics alone.
+        self.batch = static(finish._replace(focus="fixed", family="none", through="held"))
+        self.rows = static(
+            finish._replace(
+                softcap=softcap,
+                squares=through == "collision",
+                logs=through == "entropy",
+                peaks=through == "max_prob",
+            )
+        )
+        self.gradient = static(
+            Options(
+                mode,
+                softcap=softcap,
+                smoothed=states.smoothed,
+                weighted=weighted,
+                squares=spec.squares,
+                logs=spec.logs,
+                peaks=spec.peaks,
+            )
+        )
+        self.numbers = Numbers(
+            k=log2_scale(spec.temperature),
+            temperature=spec.temperature,
+            softcap=spec.softcap,
+            alpha=o.alpha,
+            eps=o.eps,
+            power=o.power,
+            scale=1.0 / math.log(o.top_k),
+            floor=0.5 * (o.mean_prob or 0.0),
+            low=o.low,
+            high=o.high,
+            z_loss=spec.z_loss,
+            smoothing=spec.label_smoothing,
+            spread=spec.label_smoothing / vocabulary / spec.temperature,
+        )
+        self.compiled = options(mode, wide(spec))
+        self.compiled_to_reduce = options(mode, wide(spec, reduces=True))
+
+
+# Made once: records made anew take the host longer than a launch, and Triton compares those of a launch with
+# the ones that it has compiled for, which is quick if they are the same objects.
+variants = lru_cache(maxsize=256)(Variants)
 
 
 @lru_cache(maxsize=256)
-def objective_scalars(spec: Spec) -> dict[str, float]:
-    o = spec.objective
-    return {
-        "alpha": o.alpha,
-        "eps": o.eps,
-        "power": o.power,
-        "scale": 1.0 / math.log(o.top_k),
-        "low": o.low,
-        "high": o.high,
-        "z_loss": spec.z_loss,
-        "smoothing": spec.label_smoothing,
-    }
+def plan_of(launch: Launch, peel: bool = False) -> Plan:
+    return static(Plan(launch.lanes, launch.width, peel, launch.tail, launch.near))
 
 
-def strides_of(logits: Tensor) -> tuple[int, int, int]:
-    """(inner, outer, stride): row r lies at (r // inner) outer + (r % inner) stride."""
+def strides_of(logits: Tensor) -> Strides:
+    if logits.is_contiguous():
+        return Strides(1, logits.shape[-1], 0)
     dims = [d for d in zip(logits.shape[:-1], logits.stride()[:-1], strict=True) if d[0] != 1]
     merged: list[tuple[int, int]] = []
     for size, stride in dims:
@@ -125,36 +175,41 @@ def strides_of(logits: Tensor) -> tuple[int, int, int]:
         else:
             merged.append((size, stride))
     if not merged:
-        return 1, logits.shape[-1], 0
+        return Strides(1, logits.shape[-1], 0)
     if len(merged) == 1:
-        return 1, merged[0][1], 0
+        return Strides(1, merged[0][1], 0)
     if 0 in logits.shape[:-1]:
         # No row lies anywhere, and dimensions of size 0 merge with no other.
-        return 1, logits.shape[-1], 0
+        return Strides(1, logits.shape[-1], 0)
     (_, outer), (inner, stride) = merged
-    return inner, outer, stride
+    return Strides(inner, outer, stride)
 
 
-def out_strides_of(out: Tensor, inner: int) -> tuple[int, int]:
+def out_strides_of(out: Tensor, inner: int) -> Strides:
     """Strides of the output's rows under the logits' own split of the row number."""
-    own_inner, outer, stride = strides_of(out)
-    if own_inner == inner:
-        return outer, stride
+    own = strides_of(out)
+    if own.inner == inner:
+        return own
     # The output is contiguous where the logits are not: one stride serves both parts.
-    assert own_inner == 1
-    return outer * inner, outer
+    assert own.inner == 1
+    return Strides(inner, own.outer * inner, own.outer)
 
 
-def peel(width: int, tensors: tuple[Tensor, ...], strides: tuple[tuple[int, int], ...]) -> bool:
+def peel(width: int, *rows: tuple[Tensor, Strides]) -> bool:
     """Whether to peel a head off every row, so that its loads and stores are 16 bytes wide.
 
     Not needed where all strides are multiples of 16 elements, which Triton sees by itself; not possible where
     rows of the tensors lie differently to a 16-byte boundary.
     """
-    if any(tensor.data_ptr() % 16 for tensor in tensors):
-        return False
-    alike = len({(outer % width, inner % width) for outer, inner in strides}) == 1
-    return alike and any(stride % 16 for pair in strides for stride in pair)
+    first = rows[0][1]
+    wide = True
+    for tensor, strides in rows:
+        if tensor.data_ptr() % 16:
+            return False
+        if (strides.outer - first.outer) % width or (strides.stride - first.stride) % width:
+            return False
+        wide = wide and strides.outer % 16 == 0 and strides.stride % 16 == 0
+    return not wide
 
 
 def on_device(launcher: Callable[..., Any]) -> Callable[..., Any]:
@@ -162,35 +217,34 @@ def on_device(launcher: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(launcher)
     def guarded(logits: Tensor, *args: Any, **keywords: Any) -> Any:
-        with torch.cuda.device(logits.device) if logits.is_cuda else nullcontext():
+        if not logits.is_cuda or logits.device.index == torch.cuda.current_device():
+            return launcher(logits, *args, **keywords)
+        with torch.cuda.device(logits.device):
             return launcher(logits, *args, **keywords)
 
     return guarded
 
 
 class Call:
-    """What the launches of one call share."""
+    """What the launches of one call share. vocabulary: V, where the first tensor is not logits."""
 
-    def __init__(self, logits: Tensor, labels: Tensor, class_weight: Tensor | None, spec: Spec):
+    def __init__(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        class_weight: Tensor | None,
+        spec: Spec,
+        vocabulary: int | None = None,
+    ):
         self.logits, self.labels, self.spec = logits, labels, spec
-        self.count, self.vocabulary = labels.numel(), logits.shape[-1]
-        self.device, self.mode, self.k = logits.device, mode(), log2_scale(spec.temperature)
+        self.count, self.device = labels.numel(), logits.device
+        self.vocabulary = logits.shape[-1] if vocabulary is None else vocabulary
         self.weighted = class_weight is not None
         self.class_weight = logits if class_weight is None else class_weight
-        self.softcap = spec.softcap > 0
-        self.options = options(self.mode, wide(spec))
-        self.inner, *strides = strides_of(logits)
-        self.strides = (strides[0], strides[1])
+        self.variants = variants(spec, self.vocabulary, self.weighted, mode())
+        self.strides = strides_of(logits)
 
-    # Of the statistics alone: a backward builds none of these, and launches no sum of the class weights.
-    @cached_property
-    def constants(self) -> dict[str, Any]:
-        return objective_constants(self.spec)
-
-    @cached_property
-    def scalars(self) -> dict[str, float]:
-        return objective_scalars(self.spec)
-
+    # Of the statistics alone: a backward launches no sum of the class weights.
     @cached_property
     def weight_total(self) -> Tensor:
         return self.class_weight.float().sum() if self.weighted else self.logits
@@ -198,6 +252,3 @@ class Call:
     def buffers(self) -> tuple[Tensor, Tensor]:
         rows = torch.empty(len(Field), self.count, dtype=torch.float32, device=self.device)
         return rows, torch.empty(self.count, dtype=torch.float32, device=self.device)
-
-    def position(self) -> dict[str, int]:
-        return {"inner": self.inner, "stride_outer": self.strides[0], "stride_inner": self.strides[1]}

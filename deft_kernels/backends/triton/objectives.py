@@ -1,7 +1,7 @@
-"""The objectives on the device, as in `pytorch/objectives.py`: one function a focus and one a family.
+"""The objectives on the device, as in `pytorch/objectives.py`.
 
-A focus returns (alpha, slope), slope being the derivative of alpha by the statistic it comes from (by logp
-for `cayley` and `prob`). A family returns (loss, gate, d_alpha). Kernels take both as constexpr arguments.
+`focus_of` returns (alpha, slope), slope being the derivative of alpha by the statistic it comes from (by logp
+for `cayley` and `prob`). `family_of` returns (loss, gate, d_alpha).
 """
 
 import triton
@@ -11,28 +11,27 @@ from .arithmetic import expm1
 
 
 @triton.jit
-def fixed(p, collision, entropy, max_prob, alpha, eps, power, scale, floor):
-    return alpha, 0.0
+def focus_of(stats, numbers, floor, OPTIONS):
+    """`alpha` of the objective itself where the focus is fixed, or where there is none."""
+    if OPTIONS.focus == "collision":
+        return stats.collision, 1.0
+    elif OPTIONS.focus == "shannon":
+        value = tl.exp(-stats.entropy)
+        return value, -value
+    elif OPTIONS.focus == "max_prob":
+        return stats.max_prob, 1.0
+    elif OPTIONS.focus == "cayley":
+        return cayley(stats.p, numbers.eps, floor)
+    elif OPTIONS.focus == "prob":
+        return stats.p, stats.p
+    elif OPTIONS.focus == "entropy":
+        return scaled_entropy(stats.entropy, numbers.power, numbers.scale)
+    else:
+        return numbers.alpha, 0.0
 
 
 @triton.jit
-def collision(p, collision, entropy, max_prob, alpha, eps, power, scale, floor):
-    return collision, 1.0
-
-
-@triton.jit
-def shannon(p, collision, entropy, max_prob, alpha, eps, power, scale, floor):
-    value = tl.exp(-entropy)
-    return value, -value
-
-
-@triton.jit
-def max_prob(p, collision, entropy, max_prob, alpha, eps, power, scale, floor):
-    return max_prob, 1.0
-
-
-@triton.jit
-def cayley(p, collision, entropy, max_prob, alpha, eps, power, scale, floor):
+def cayley(p, eps, floor):
     below = 2.0 - p + 2.0 * eps
     raw = floor + (1.0 - floor) * (p - eps) / below
     slope = (1.0 - floor) * (2.0 + eps) / (below * below) * p
@@ -42,16 +41,23 @@ def cayley(p, collision, entropy, max_prob, alpha, eps, power, scale, floor):
 
 
 @triton.jit
-def prob(p, collision, entropy, max_prob, alpha, eps, power, scale, floor):
-    return p, p
-
-
-@triton.jit
-def entropy(p, collision, entropy, max_prob, alpha, eps, power, scale, floor):
+def scaled_entropy(entropy, power, scale):
     """w = (H scale)^power with scale = 1 / ln top_k."""
     weight = tl.exp2(power * tl.log2(entropy * scale))
     weight = tl.where(entropy > 0.0, weight, tl.where(entropy == entropy, 0.0, entropy))
     return weight, tl.where(entropy > 0.0, power * weight / entropy, 0.0)
+
+
+@triton.jit
+def family_of(logp, alpha, eps, OPTIONS):
+    if OPTIONS.family == "deformed":
+        return deformed(logp, alpha, eps, OPTIONS.through == "held")
+    elif OPTIONS.family == "rational":
+        return rational(logp, alpha)
+    elif OPTIONS.family == "weighted":
+        return weighted(logp, alpha)
+    else:
+        return 0.0 * alpha, 0.0 * alpha, 0.0
 
 
 @triton.jit
@@ -76,7 +82,7 @@ def deformed(logp, alpha, eps, DETACH: tl.constexpr):
 
 
 @triton.jit
-def rational(logp, alpha, eps, DETACH: tl.constexpr):
+def rational(logp, alpha):
     """-logp / (1 - alpha logp)."""
     impossible = logp == float("-inf")
     root = 1.0 / (1.0 - alpha * logp)
@@ -88,26 +94,7 @@ def rational(logp, alpha, eps, DETACH: tl.constexpr):
 
 
 @triton.jit
-def weighted(logp, alpha, eps, DETACH: tl.constexpr):
+def weighted(logp, alpha):
     """w (-logp), the weight coming in as `alpha`; 0 where the weight is, in the limit of p ln p."""
     loss = tl.where(alpha == 0.0, 0.0, -alpha * logp)
     return loss, alpha, tl.where(alpha == 0.0, 0.0, -logp)
-
-
-@triton.jit
-def none(logp, alpha, eps, DETACH: tl.constexpr):
-    return 0.0 * alpha, 0.0 * alpha, 0.0
-
-
-FOCI = {
-    "fixed": fixed,
-    "collision": collision,
-    "shannon": shannon,
-    "max_prob": max_prob,
-    "cayley": cayley,
-    "prob": prob,
-    "entropy": entropy,
-    "statistics": fixed,
-    "statistics+max": fixed,
-}
-FAMILIES = {"deformed": deformed, "rational": rational, "weighted": weighted, "none": none}

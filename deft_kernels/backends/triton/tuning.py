@@ -8,13 +8,14 @@ fp32 and fp16 take the same entries, by the bytes of a row; they were not measur
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 
 @dataclass(frozen=True)
 class Launch:
     """num_warps: warps a program.  width: columns of a thread's load.  warp: threads of a warp.
     tail: a row's last columns as one masked turn, see `state.reduce_row`.
-    near: hints to the L2 cache about a row that is read twice, see there and `sweep.write_gradient`.
+    near: hints to the L2 cache about a row that is read twice, see there and `gradient.write_gradient`.
     """
 
     num_warps: int
@@ -49,6 +50,7 @@ def _warps(vocabulary: int, width: int, warp: int, most: int) -> int:
     return warps
 
 
+@lru_cache(maxsize=256)
 def statistics(vocabulary: int, itemsize: int, entropy: bool, warp: int = 32) -> Launch:
     """4,096 x 32,000: 0.64 copies with 4 warps, 0.72 with 8; 8,192 x 128,256: 0.507 and 0.508;
     4,096 x 262,144: 0.529 and 0.497. With the entropy, at 90 registers a thread, 4 warps: 0.55 to 0.72, where
@@ -59,6 +61,7 @@ def statistics(vocabulary: int, itemsize: int, entropy: bool, warp: int = 32) ->
     return Launch(_warps(vocabulary, width, warp, most), width, warp, tail=True)
 
 
+@lru_cache(maxsize=256)
 def gradient(vocabulary: int, itemsize: int, warp: int = 32) -> Launch:
     """1.08 copies at V = 32,000, 128,256 and 262,144, 1.17 at 50,257, where 8 warps take 1.15. Between 1 and
     8 warps, and 4 and 16 turns a program, nothing differs by more than 0.03."""
@@ -66,12 +69,13 @@ def gradient(vocabulary: int, itemsize: int, warp: int = 32) -> Launch:
     return Launch(_warps(vocabulary, width, warp, 4), width, warp)
 
 
+@lru_cache(maxsize=256)
 def fused(vocabulary: int, itemsize: int, lean: bool, warp: int = 32) -> Launch:
     """Wide programs, so that few rows are in flight and the second read of a row finds it in L2, which holds
     about 34 MB of rows: 132 rows of 256 KB, one a multiprocessor, are read 1.06 times from memory with the
     hints, 1.21 without, and twice once two rows share a multiprocessor (counted by Nsight Compute).
 
-    lean: see `call.lean`; 32 warps then have registers enough. Copies, in place: V = 32,000: 1.35 (16
+    lean: see `launch.lean`; 32 warps then have registers enough. Copies, in place: V = 32,000: 1.35 (16
     warps), 50,257: 1.36 (16), 128,256: 1.27 (32), 262,144: 1.41 (32), whose rows no longer fit. With the
     entropy: 1.49 (8), 1.56 (8), 1.48 (16), 1.67 (16).
     """
