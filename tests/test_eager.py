@@ -84,7 +84,9 @@ def test_the_kernels_of_the_batch(count, device):
     expected = (loss.double() * row_scale.double())[kept].sum()
     total = triton_backend.weighted_total(loss, row_scale, rows)
     torch.testing.assert_close(total.double(), expected, rtol=1e-6, atol=0.0)
-    mean = triton_backend.weighted_total(loss, scale, rows)
+    mean, its_scale = triton_backend.mean(loss, rows, labels, -100)
+    assert torch.equal(its_scale, scale)
+    assert torch.equal(mean, triton_backend.weighted_total(loss, scale, rows))
     expected = loss.double()[kept].sum() / kept.sum().clamp(min=1)
     torch.testing.assert_close(mean.double(), expected, rtol=1e-6, atol=0.0)
 

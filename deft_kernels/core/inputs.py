@@ -50,6 +50,8 @@ def aligned(labels: Tensor, shift: bool, ignore_index: int) -> Tensor:
     """Flat int64 labels; with `shift`, position t gets the label of t + 1 and the last one ignore_index."""
     checks.check_ignorable(labels, ignore_index)
     labels = labels.long()
+    if not shift and labels.dim() == 1 and labels.is_contiguous():
+        return labels
     if shift:
         if labels.dim() == 0:
             raise ValueError("shift: needs labels with a time dimension, got a scalar")

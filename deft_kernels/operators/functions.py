@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import implementation
+from ..backends import implementation, triton_backend
 from ..core import validation
 from ..core.spec import Spec
 from . import logits as logits_operators
@@ -47,13 +47,11 @@ def loss_with_gradient(
 
 def mean_scale(labels: Tensor, ignore_index: int) -> Tensor:
     """1 over the number of rows that count, [N] with stride 0, by one launch."""
-    from ..backends.triton import backend as triton_backend
-
-    return triton_backend.mean_scale(labels, ignore_index)
+    return triton_backend().mean_scale(labels, ignore_index)
 
 
 def mean_loss(logits: Tensor, labels: Tensor, ignore_index: int, spec: Spec) -> tuple[Tensor, Tensor]:
-    """(mean loss over the rows that count, rows), of the Triton backend: three launches, and two backward."""
+    """(mean loss over the rows that count, rows), of the Triton backend: two launches, and two backward."""
     return MeanLoss.apply(logits, labels, ignore_index, spec)
 
 
@@ -86,12 +84,12 @@ class MeanLoss(torch.autograd.Function):
         ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int, spec: Spec
     ) -> tuple[Tensor, Tensor]:
         validation.admit(logits, labels, None, ignore_index, spec)
-        scale = mean_scale(labels, ignore_index)
         loss, rows = implementation(spec).row_loss(logits, labels, None, ignore_index, spec)
+        mean, scale = triton_backend().mean(loss, rows, labels, ignore_index)
         ctx.mark_non_differentiable(rows)
         ctx.save_for_backward(logits, labels, rows, scale)
         ctx.spec = spec
-        return implementation(spec).weighted_total(loss, scale, rows), rows
+        return mean, rows
 
     @staticmethod
     def backward(ctx: Any, dmean: Tensor, _: Any) -> Any:

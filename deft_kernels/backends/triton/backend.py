@@ -14,7 +14,7 @@ from ...core.spec import Spec
 from ...core.statistics import Field
 from ..states import state_size
 from . import tuning
-from .batch_kernels import mean_scale_kernel, weighted_total_kernel
+from .batch_kernels import mean_kernel, mean_scale_kernel, weighted_total_kernel
 from .gradient_kernels import gradient_kernel, scale_kernel
 from .kernels import combine_kernel, finish_kernel, fused_kernel, slice_kernel, statistics_kernel
 from .launch import (
@@ -204,6 +204,15 @@ def mean_scale(labels: Tensor, ignore_index: int) -> Tensor:
     args = (labels, scale, labels.numel(), ignore_index)
     mean_scale_kernel[(1,)](*args, num_warps=8, **options(mode(), False))
     return scale.expand(labels.numel())
+
+
+@on_device
+def mean(loss: Tensor, rows: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """(mean of the losses of rows that count, its `mean_scale`), by one launch."""
+    scale, total = torch.empty(2, dtype=torch.float32, device=labels.device).split(1)
+    args = (labels, loss, rows[Field.KEPT], scale, total, labels.numel(), ignore_index)
+    mean_kernel[(1,)](*args, num_warps=8, **options(mode(), False))
+    return total.reshape(()), scale.expand(labels.numel())
 
 
 @on_device
