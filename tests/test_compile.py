@@ -20,6 +20,7 @@ from torch.autograd.gradcheck import GradcheckError
 from deft_kernels import DEFTLoss, deft_loss, objectives, row_statistics
 from deft_kernels.backends.pytorch.finish import gradient_fields
 from deft_kernels.core.spec import Spec
+from deft_kernels.operators import in_place
 from deft_kernels.operators import logits as logits_operators
 
 N, V = 6, 23
@@ -148,6 +149,14 @@ def arguments(backend: str, device: str, dtype: torch.dtype, weighted: bool):
     return logits, labels, weight, torch.linspace(0.1, 1, 4, device=device), code, numbers
 
 
+OPERATORS = {
+    name: value
+    for module in (logits_operators, in_place)
+    for name, value in vars(module).items()
+    if isinstance(value, torch._library.custom_ops.CustomOpDef)
+}
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("name", [
     "row_loss", "row_loss_with_gradient", "row_loss_with_gradient_", "logits_gradient", "logits_gradient_",
@@ -155,7 +164,7 @@ def arguments(backend: str, device: str, dtype: torch.dtype, weighted: bool):
 def test_opcheck(name, weighted, backend, device):
     """Schema, shape functions, autograd registration and tracing of every operator."""
     logits, labels, weight, scale, code, numbers = arguments(backend, device, torch.float32, weighted)
-    operator = getattr(logits_operators, name)
+    operator = OPERATORS[name]
     _, rows = logits_operators.row_loss(logits, labels, weight, -100, code, numbers)
     leaf = logits.clone().requires_grad_()
     args = {
@@ -180,12 +189,7 @@ def test_opcheck(name, weighted, backend, device):
 def test_every_operator_is_checked():
     """A new operator has to join the list above."""
     marks = {mark.args[0]: mark.args[1] for mark in test_opcheck.pytestmark}
-    definitions = {
-        name
-        for name, value in vars(logits_operators).items()
-        if isinstance(value, torch._library.custom_ops.CustomOpDef)
-    }
-    assert definitions == set(marks["name"])
+    assert set(OPERATORS) == set(marks["name"])
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from deft_kernels import deft_loss, fused_linear_deft_loss, row_statistics
 from deft_kernels.core.statistics import Field
 from deft_kernels.operators import hidden as hidden_operators
+from deft_kernels.operators import in_place
 from deft_kernels.operators import logits as logits_operators
 from deft_kernels.operators.eager import watched
 
@@ -43,6 +44,12 @@ class Watch(TorchDispatchMode):
         if func.namespace == "deft_kernels":
             self.seen.append(func.__name__)
         return func(*args, **(kwargs or {}))
+
+
+def every_operator() -> list[torch._library.custom_ops.CustomOpDef]:
+    modules = (logits_operators, in_place, hidden_operators)
+    values = [value for module in modules for value in vars(module).values()]
+    return [value for value in values if isinstance(value, torch._library.custom_ops.CustomOpDef)]
 
 
 def step(logits: Tensor, labels: Tensor, keywords: dict) -> tuple[Tensor, Tensor]:
@@ -96,10 +103,8 @@ def test_a_plain_call_uses_no_operator(mode, backend, device, monkeypatch):
     def fail(*_):
         raise AssertionError("an operator was called")
 
-    names = ("row_loss", "row_loss_with_gradient", "row_loss_with_gradient_", "logits_gradient",
-             "logits_gradient_", "match_upstream_")  # fmt: skip
-    for name in names:
-        monkeypatch.setattr(logits_operators, name, fail)
+    for operator in every_operator():
+        monkeypatch.setattr(operator, "_opoverload", fail)
     logits, labels = (t.to(device) for t in inputs())
     loss, gradient = step(logits, labels, MODES[mode] | {"backend": backend})
     assert loss.isfinite() and gradient.any()
@@ -132,10 +137,8 @@ def test_the_other_calls(call, backend, device, monkeypatch):
     def fail(*_: object) -> None:
         raise AssertionError("an operator was called")
 
-    for module in (logits_operators, hidden_operators):
-        for value in list(vars(module).values()):
-            if isinstance(value, torch._library.custom_ops.CustomOpDef):
-                monkeypatch.setattr(value, "_opoverload", fail)
+    for operator in every_operator():
+        monkeypatch.setattr(operator, "_opoverload", fail)
     plain = step()
     assert len(plain) == len(seen) > 1
     for one, other in zip(plain, seen, strict=True):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from deft_kernels import deft_loss, fused_linear_deft_loss, gated_loss, objectives, reference
 from deft_kernels.objectives import Objective
-from deft_kernels.operators import logits as logits_operators
+from deft_kernels.operators import in_place
 
 N, V = 4, 19
 
@@ -134,7 +134,7 @@ def test_an_evaluation_that_can(backend, device):
 
 def test_float16_in_place_in_the_forward_warns_once(backend, device):
     """The gradient is rounded before the loss scale is known: what is 0 by then stays 0."""
-    logits_operators.warn_of_underflow.cache_clear()
+    in_place.warn_of_underflow.cache_clear()
     options = {"inplace": True, "grad_in_forward": True, "num_items": 2**16, "backend": backend}
     logits, labels = rows(device, torch.float16)
 
@@ -152,7 +152,7 @@ def test_float16_in_place_in_the_forward_warns_once(backend, device):
             exact = scaled(**options | other)
             assert ((lossy == 0) & (exact != 0)).any()
     for dtype in (torch.bfloat16, torch.float32):
-        logits_operators.warn_of_underflow.cache_clear()
+        in_place.warn_of_underflow.cache_clear()
         x = logits.to(dtype).requires_grad_()
         deft_loss(x * 1.0, labels, **options)
 

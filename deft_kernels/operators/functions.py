@@ -13,6 +13,7 @@ from torch import Tensor
 from ..backends import implementation, triton_backend
 from ..core import validation
 from ..core.spec import Spec
+from . import in_place
 from . import logits as logits_operators
 from .eager import watched
 from .logits import gradient_of_rows, room
@@ -40,7 +41,7 @@ def loss_with_gradient(
         return LossWithGradient.apply(logits, labels, row_scale, class_weight, ignore_index, spec)
     args = (labels, row_scale, class_weight, ignore_index, *spec.encode())
     if spec.inplace:
-        return logits_operators.InPlaceLoss.apply(logits, *args)
+        return in_place.InPlaceLoss.apply(logits, *args)
     loss, rows, _ = logits_operators.row_loss_with_gradient(logits, *args)
     return loss, rows
 
@@ -111,7 +112,7 @@ class LossWithGradient(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         validation.admit(logits, labels, class_weight, ignore_index, spec, row_scale)
         if spec.inplace and logits.dtype == torch.float16:
-            logits_operators.warn_of_underflow()
+            in_place.warn_of_underflow()
         dlogits = room(logits, spec)
         args = (labels, row_scale, class_weight, ignore_index, spec, dlogits)
         loss, rows = implementation(spec).row_loss_with_gradient(logits, *args)
@@ -130,7 +131,7 @@ class LossWithGradient(torch.autograd.Function):
         # Handing out the one reference lets autograd keep the tensor as .grad without a copy.
         dlogits, ctx.dlogits = ctx.dlogits, None
         if spec.inplace:
-            logits_operators.check_in_place_backward(dlogits)
+            in_place.check_in_place_backward(dlogits)
         elif dlogits is None or torch.is_grad_enabled() or watched(dtotal):
             # Given away by an earlier backward; or with a graph of its own, for which the operator raises.
             saved = (logits, labels, class_weight, rows)

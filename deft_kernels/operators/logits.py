@@ -6,9 +6,7 @@ handed over as (code, numbers), see `spec`. Labels are flat, int64, [N]; logits 
 strides.
 """
 
-import warnings
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any, List, Optional, Tuple
 
 import torch
@@ -25,7 +23,7 @@ from .eager import function_of, watched
 # torch.library infers an operator's schema from annotations, so they are spelled with `typing` here.
 
 
-def _rows_dtype(logits: Tensor) -> torch.dtype:
+def rows_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
@@ -46,7 +44,7 @@ def row_loss(
 
 @row_loss.register_fake
 def _(logits, labels, class_weight, ignore_index, code, numbers):
-    dtype, count = _rows_dtype(logits), labels.shape[0]
+    dtype, count = rows_dtype(logits), labels.shape[0]
     return logits.new_empty(count, dtype=dtype), logits.new_empty((len(Field), count), dtype=dtype)
 
 
@@ -72,48 +70,9 @@ def row_loss_with_gradient(
 
 @row_loss_with_gradient.register_fake
 def _(logits, labels, row_scale, class_weight, ignore_index, code, numbers):
-    dtype, count = _rows_dtype(logits), labels.shape[0]
+    dtype, count = rows_dtype(logits), labels.shape[0]
     rows = logits.new_empty((len(Field), count), dtype=dtype)
     return logits.new_empty((), dtype=dtype), rows, logits.new_empty(logits.shape)
-
-
-@lru_cache(maxsize=1)
-def warn_of_underflow() -> None:
-    """Once: said here rather than in the backward, which on a GPU does not know its upstream."""
-    warnings.warn(
-        "deft_kernels: inplace=True with grad_in_forward=True rounds the gradient to float16 before the loss "
-        "scale is known: entries below 3e-8 are 0 already, and no loss scale brings them back. Leave "
-        "grad_in_forward out, or use bfloat16",
-        RuntimeWarning,
-        stacklevel=2,
-    )
-
-
-@torch.library.custom_op("deft_kernels::row_loss_with_gradient_", mutates_args=("logits",))
-def row_loss_with_gradient_(
-    logits: Tensor,
-    labels: Tensor,
-    row_scale: Tensor,
-    class_weight: Optional[Tensor],
-    ignore_index: int,
-    code: str,
-    numbers: List[float],
-) -> Tuple[Tensor, Tensor]:
-    """`row_loss_with_gradient` that leaves the gradient in the logits' storage."""
-    spec = decode(code, numbers)
-    validation.admit(logits, labels, class_weight, ignore_index, spec, row_scale)
-    if logits.dtype == torch.float16:
-        warn_of_underflow()
-    loss, rows = implementation(spec).row_loss_with_gradient(
-        logits, labels, row_scale, class_weight, ignore_index, spec, logits
-    )
-    return implementation(spec).weighted_total(loss, row_scale, rows), rows
-
-
-@row_loss_with_gradient_.register_fake
-def _(logits, labels, row_scale, class_weight, ignore_index, code, numbers):
-    dtype, count = _rows_dtype(logits), labels.shape[0]
-    return logits.new_empty((), dtype=dtype), logits.new_empty((len(Field), count), dtype=dtype)
 
 
 @torch.library.custom_op("deft_kernels::logits_gradient", mutates_args=())
@@ -191,7 +150,7 @@ def row_statistics(
 
 @row_statistics.register_fake
 def _(logits, labels, ignore_index, code, numbers):
-    dtype, count = _rows_dtype(logits), labels.shape[0]
+    dtype, count = rows_dtype(logits), labels.shape[0]
     vectors = (logits.new_empty(count, dtype=dtype) for _ in range(5))
     return (*vectors, logits.new_empty((len(Field), count), dtype=dtype))
 
@@ -305,45 +264,3 @@ row_loss_with_gradient.register_autograd(_with_gradient_backward, setup_context=
 row_statistics.register_autograd(_statistics_backward, setup_context=_setup_statistics)
 logits_gradient.register_autograd(no_double_backward, setup_context=save_nothing)
 statistics = function_of(row_statistics, _setup_statistics, _statistics_backward)
-
-
-def check_in_place_backward(dlogits: Optional[Tensor]) -> None:
-    # once_differentiable speaks up only when the upstream itself carries a graph.
-    if torch.is_grad_enabled():
-        no_double_backward()
-    if dlogits is None:
-        raise RuntimeError("inplace: the logits' storage held the gradient, which a first backward took")
-
-
-class InPlaceLoss(torch.autograd.Function):
-    """Loss whose forward leaves the gradient in the logits' storage; the version counter moves with it.
-
-    An operator cannot return a tensor that it mutates, so this one wraps the mutating operator.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        labels: Tensor,
-        row_scale: Tensor,
-        class_weight: Optional[Tensor],
-        ignore_index: int,
-        code: str,
-        numbers: List[float],
-    ) -> Tuple[Tensor, Tensor]:
-        overwritten = logits.detach()
-        args = (labels, row_scale, class_weight, ignore_index, code, numbers)
-        total, rows = row_loss_with_gradient_(overwritten, *args)
-        ctx.mark_non_differentiable(rows)
-        ctx.save_for_backward(labels, row_scale, class_weight, rows)
-        ctx.dlogits, ctx.code, ctx.numbers = overwritten, code, numbers
-        return total, rows
-
-    @staticmethod
-    def backward(ctx: Any, dtotal: Tensor, _: Any) -> Any:
-        labels, row_scale, class_weight, rows = ctx.saved_tensors
-        dlogits, ctx.dlogits = ctx.dlogits, None
-        check_in_place_backward(dlogits)
-        match_upstream_(dlogits, dtotal, None, labels, row_scale, class_weight, rows, ctx.code, ctx.numbers)
-        return dlogits, None, None, None, None, None, None

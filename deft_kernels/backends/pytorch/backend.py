@@ -9,12 +9,10 @@ AVX-512, torch 2.13), and because k z - OFFSET is then one fused multiply-add wi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from ...core.checks import all_count
 from ...core.groups import batch_mean
 from ...core.spec import Spec, log2_scale
 from ...core.statistics import Field, Fields, pack, unpack
@@ -22,91 +20,7 @@ from ..states import state_size
 from .block import Block
 from .finish import finish
 from .state import combine
-
-
-def matrices(*tensors: Tensor) -> Iterator[list[Tensor]]:
-    """Tensors [..., V] of one shape as [rows, V] views in row order, never a copy, whatever their strides."""
-    try:
-        views = [tensor.view(-1, tensor.shape[-1]) for tensor in tensors]
-    except RuntimeError:
-        for parts in zip(*tensors, strict=True):
-            yield from matrices(*parts)
-    else:
-        yield views
-
-
-def blocks(elements: int, *tensors: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
-    """Row ranges of about `elements` with the block of each tensor; all have the same shape."""
-    start = 0
-    for views in matrices(*tensors):
-        count, width = views[0].shape
-        step = max(1, elements // width)
-        for first in range(0, count, step):
-            last = min(count, first + step)
-            yield slice(start + first, start + last), [view[first:last] for view in views]
-        start += count
-
-
-class _Labels:
-    """What the passes need of the labels, found once a call: [N] each, None where it changes nothing."""
-
-    def __init__(self, labels: Tensor, vocabulary: int, ignore_index: int):
-        self.host = labels.device.type == "cpu"
-        self.valid: Tensor | None = None
-        self.known: Tensor | None = None
-        if self.host and all_count(labels, vocabulary, ignore_index):
-            self.index = labels.unsqueeze(1)
-            return
-        inside = (labels >= 0) & (labels < vocabulary)
-        self.valid = labels != ignore_index
-        # An out-of-range label gets this far on accelerators only: NaN, as documented.
-        self.known = inside | ~self.valid
-        self.index = labels.where(inside, 0).unsqueeze(1)
-        if self.host:
-            self.known = None if bool(self.known.all()) else self.known
-            self.valid = None if bool(self.valid.all()) else self.valid
-
-    def valid_in(self, span: slice) -> Tensor | None:
-        valid = None if self.valid is None else self.valid[span]
-        return None if valid is None or self.host and bool(valid.all()) else valid
-
-    def known_in(self, span: slice) -> Tensor | None:
-        return None if self.known is None else self.known[span]
-
-    def none_in(self, span: slice) -> bool:
-        """Whether a block has nothing to count, where the host sees that without waiting for a device."""
-        return self.host and self.valid is not None and not self.valid[span].any()
-
-
-class _Results:
-    """Losses [N] and packed rows [len(Field), N] as blocks come; a block of all rows is not copied."""
-
-    def __init__(self, count: int, dtype: torch.dtype, device: torch.device):
-        self.count, self.dtype, self.device = count, dtype, device
-        self._loss: Tensor | None = None
-        self._rows: Tensor | None = None
-
-    def put(self, span: slice, loss: Tensor | None, fields: Fields) -> None:
-        rows = pack(fields)
-        if span.stop - span.start == self.count:
-            self._loss = None if loss is None else loss.to(self.dtype)
-            self._rows = rows.to(self.dtype)
-            return
-        self._loss, self._rows = self.loss(), self.rows()
-        self._rows[:, span] = rows
-        if loss is not None:
-            self._loss[span] = loss
-
-    def loss(self) -> Tensor:
-        """0 where no block came."""
-        if self._loss is None:
-            return torch.zeros(self.count, dtype=self.dtype, device=self.device)
-        return self._loss
-
-    def rows(self) -> Tensor:
-        if self._rows is None:
-            return torch.zeros(len(Field), self.count, dtype=self.dtype, device=self.device)
-        return self._rows
+from .walk import Labels, Results, blocks
 
 
 def row_loss(
@@ -114,8 +28,8 @@ def row_loss(
 ) -> tuple[Tensor, Tensor]:
     """(loss [N], rows [len(Field), N]); labels [N] are checked by the caller where the host sees them."""
     block = Block(logits, spec, class_weight)
-    count, known = labels.numel(), _Labels(labels, block.vocabulary, ignore_index)
-    results = _Results(count, torch.float64, logits.device)
+    count, known = labels.numel(), Labels(labels, block.vocabulary, ignore_index)
+    results = Results(count, torch.float64, logits.device)
     sums = torch.zeros(count, dtype=torch.float64, device=logits.device) if spec.label_smoothing > 0 else None
     for span, (z,) in blocks(block.elements, logits):
         if known.none_in(span):
@@ -146,7 +60,7 @@ def row_states(
     those of these columns.
     """
     block = Block(logits, spec, class_weight)
-    known = _Labels(labels, block.vocabulary, ignore_index)
+    known = Labels(labels, block.vocabulary, ignore_index)
     owned = (labels >= 0) & (labels < block.vocabulary)
     states = torch.zeros(labels.numel(), state_size(spec), dtype=block.dtype, device=logits.device)
     for span, (z,) in blocks(block.elements, logits):
@@ -165,7 +79,7 @@ def states_loss(
 ) -> tuple[Tensor, Tensor]:
     """`row_loss` from the states [parts, N, size] of all parts; labels and class weights of the whole."""
     fields, sums = combine(states, spec, log2_scale(spec.temperature, states.dtype))
-    known = _Labels(labels, vocabulary, ignore_index)
+    known = Labels(labels, vocabulary, ignore_index)
     if known.known is not None:
         fields[Field.LOGP] = fields[Field.LOGP].where(known.known, math.nan)
     weights = _class_weights(None if class_weight is None else class_weight.to(states.dtype), labels)
@@ -193,8 +107,8 @@ def row_loss_with_gradient(
 ) -> tuple[Tensor, Tensor]:
     """`row_loss`, and the gradient of sum_i row_scale_i loss_i into `out` (which may be the logits)."""
     block = Block(logits, spec, class_weight)
-    count, known = labels.numel(), _Labels(labels, block.vocabulary, ignore_index)
-    results = _Results(count, block.dtype, logits.device)
+    count, known = labels.numel(), Labels(labels, block.vocabulary, ignore_index)
+    results = Results(count, block.dtype, logits.device)
     row_scale = row_scale.double()
     weights = _class_weights(block.class_weight, labels)
     total = weights.pop("weight_total", None)
