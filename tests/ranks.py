@@ -5,6 +5,7 @@ NCCL where there are enough GPUs, else gloo on the CPU. Every case is a function
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import tempfile
 import traceback
@@ -16,6 +17,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# What every rank comes to import; Dynamo with the first registered operator that is called.
+IMPORTED = ["pytest", "torch.distributed.tensor", "torch.testing", "torch._dynamo", "deft_kernels"]
 # Seconds without a case coming to an end before all are given up: a rank that waits for one that failed.
 PATIENCE = 600
 
@@ -48,13 +51,24 @@ def _worker(rank: int, ranks: int, folder: str, cases: Sequence[Callable[[], Non
     dist.destroy_process_group()
 
 
+def start_method() -> str:
+    """How ranks start. Without GPUs all are forks of one process that has done nothing but import what they
+    need; the tests' own process has threads and kernels. With GPUs a rank chooses first how its kernels run."""
+    if torch.cuda.is_available() or "forkserver" not in multiprocessing.get_all_start_methods():
+        return "spawn"
+    multiprocessing.get_context("forkserver").set_forkserver_preload(IMPORTED)
+    return "forkserver"
+
+
 def run(cases: Sequence[Callable[[], None]], ranks: int, gpus: bool = True) -> dict[str, list[str]]:
     """What became of each case on each rank: "passed", the traceback, or that it never came to an end.
 
     gpus: False for cases whose tensors are on the CPU wherever they run.
     """
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.spawn(_worker, args=(ranks, folder, cases, gpus), nprocs=ranks, join=False)
+        context = mp.start_processes(
+            _worker, args=(ranks, folder, cases, gpus), nprocs=ranks, join=False, start_method=start_method()
+        )
         done, waited = 0, 0.0
         while not _joined(context):
             finished = len(list(Path(folder).iterdir()))
