@@ -5,7 +5,6 @@ NCCL where there are enough GPUs, else gloo on the CPU. Every case is a function
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import tempfile
 import traceback
@@ -16,9 +15,8 @@ import emulation
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from processes import start_method
 
-# What every rank comes to import; Dynamo with the first registered operator that is called.
-IMPORTED = ["pytest", "torch.distributed.tensor", "torch.testing", "torch._dynamo", "deft_kernels"]
 # Seconds without a case coming to an end before all are given up: a rank that waits for one that failed.
 PATIENCE = 600
 
@@ -49,15 +47,6 @@ def _worker(rank: int, ranks: int, folder: str, cases: Sequence[Callable[[], Non
         Path(folder, f"{case.__name__}.{rank}").write_text(outcome)
         dist.barrier()
     dist.destroy_process_group()
-
-
-def start_method() -> str:
-    """How ranks start. Without GPUs all are forks of one process that has done nothing but import what they
-    need; the tests' own process has threads and kernels. With GPUs a rank chooses first how its kernels run."""
-    if torch.cuda.is_available() or "forkserver" not in multiprocessing.get_all_start_methods():
-        return "spawn"
-    multiprocessing.get_context("forkserver").set_forkserver_preload(IMPORTED)
-    return "forkserver"
 
 
 def run(cases: Sequence[Callable[[], None]], ranks: int, gpus: bool = True) -> dict[str, list[str]]:
