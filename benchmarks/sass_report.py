@@ -2,6 +2,7 @@
 
     python benchmarks/sass_report.py --arch 90 --dtype bf16
     python benchmarks/sass_report.py --arch 80 90 100 --dtype bf16 fp16 fp32 --json
+    python benchmarks/sass_report.py --json --no-peers --variants '[["fused", "deft", "bf16", "90", ""]]'
 
 Compiles every kernel ahead of time, disassembles it and counts its main loops; no GPU is needed. Rates are
 bounds computed from the counts and a GPU's data, in 1e12 logits a second; none is a measurement. Other
@@ -151,13 +152,17 @@ def main() -> None:
         "--options", default="", help="comma-separated: softcap, smoothing, weights, zloss, peel, stats, ones"
     )
     parser.add_argument("--gpu", choices=list(GPUS), help="whose rates (default: one of each architecture)")
+    parser.add_argument(
+        "--variants", type=json.loads, metavar="JSON",
+        help="instead of every combination: a list of [kernel, objective, dtype, arch, options]",
+    )  # fmt: skip
     parser.add_argument("--no-peers", action="store_true", help="only the package's own kernels")
     parser.add_argument("--json", action="store_true", help="a list of objects, one a loop")
     args = parser.parse_args()
     if args.gpu and any(arch != GPUS[args.gpu].arch for arch in args.arch):
         parser.error(f"--gpu {args.gpu} is of --arch {GPUS[args.gpu].arch}")
 
-    variants = [
+    variants = [Variant(*fields) for fields in args.variants or ()] or [
         Variant(kernel, objective, dtype, arch, args.options)
         for arch, dtype, kernel, objective in itertools.product(
             args.arch, args.dtype, args.kernel, args.objective

@@ -15,6 +15,7 @@ import emulation
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from processes import start_method
 
 # Seconds without a case coming to an end before all are given up: a rank that waits for one that failed.
 PATIENCE = 600
@@ -54,7 +55,9 @@ def run(cases: Sequence[Callable[[], None]], ranks: int, gpus: bool = True) -> d
     gpus: False for cases whose tensors are on the CPU wherever they run.
     """
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.spawn(_worker, args=(ranks, folder, cases, gpus), nprocs=ranks, join=False)
+        context = mp.start_processes(
+            _worker, args=(ranks, folder, cases, gpus), nprocs=ranks, join=False, start_method=start_method()
+        )
         done, waited = 0, 0.0
         while not _joined(context):
             finished = len(list(Path(folder).iterdir()))

@@ -9,8 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -23,6 +22,7 @@ OBJECTIVES = (
     "nll", "deft", "deft-shannon-exact", "deft-max-exact", "cayley", "rational", "dft",
     "eaft", "band", "statistics",
 )  # fmt: skip
+KERNELS = ("statistics", "statistics-stored", "combine", "finish", "gradient", "fused")
 FORMS = ("deft", "deft-exact", "deft-shannon-exact", "statistics")
 OPTIONS = "softcap,smoothing,weights,zloss,peel,stats"
 
@@ -30,12 +30,12 @@ OPTIONS = "softcap,smoothing,weights,zloss,peel,stats"
 STATISTICS, STATISTICS_ENTROPY, GRADIENT, GRADIENT_GENERAL = 7.5, 8.8, 6.0, 8.0
 
 
-def compile_ahead(*arguments: str) -> list[dict]:
+def compile_ahead(variants: list[tuple[str, ...]]) -> list[dict]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     root = str(SCRIPT.parent.parent)
     environment["PYTHONPATH"] = os.pathsep.join([root, environment.get("PYTHONPATH", "")])
     run = subprocess.run(
-        [sys.executable, str(SCRIPT), "--json", "--no-peers", *arguments],
+        [sys.executable, str(SCRIPT), "--json", "--no-peers", "--variants", json.dumps(variants)],
         capture_output=True, text=True, env=environment, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
@@ -50,47 +50,48 @@ def assert_lean(records: list[dict]) -> None:
         assert record["stack_bytes"] == 0, record
 
 
-def jobs() -> dict[str, list[tuple[str, ...]]]:
-    """The command lines behind each test."""
-    stored, ones = ("statistics-stored", "combine", "finish"), ("deft", "deft-max-exact")
-    found: dict[str, list[tuple[str, ...]]] = {}
-    for arch in ARCHITECTURES:
-        on = ("--arch", arch, "--dtype")
-        found[arch] = [
-            (*on, "bf16", "--kernel", "statistics", "--objective", *OBJECTIVES),
-            (*on, "bf16", "--kernel", "gradient", "fused", "--objective", *FORMS),
-            (*on, "fp16", "--kernel", *stored, "--objective", "deft", "eaft"),
-            (*on, "bf16", "fp32", "--objective", "statistics", "--options", OPTIONS),
-        ]
-    on = ("--arch", "90", "--dtype", "bf16", "--objective")
-    found["ones"] = [(*on, *ones, "--options", option) for option in ("ones", f"ones,{OPTIONS}")]
-    # What the budgets ask for and the jobs of sm_90 leave out.
-    found["budgets"] = [
-        (*on, "eaft", "--kernel", "fused"),
-        (*on, "statistics-without-max", "--kernel", "gradient"),
+def every(arch: str) -> list[tuple[str, ...]]:
+    """What is compiled for every GPU, as (kernel, objective, dtype, arch, options)."""
+    stored = ("statistics-stored", "combine", "finish")
+    return [
+        *product(("statistics",), OBJECTIVES, ("bf16",), (arch,), ("",)),
+        *product(("gradient", "fused"), FORMS, ("bf16",), (arch,), ("",)),
+        *product(stored, ("deft", "eaft"), ("fp16",), (arch,), ("",)),
+        *product(KERNELS, ("statistics",), ("bf16", "fp32"), (arch,), (OPTIONS,)),
     ]
-    return found
+
+
+ONES = [*product(KERNELS, ("deft", "deft-max-exact"), ("bf16",), ("90",), ("ones", f"ones,{OPTIONS}"))]
+# What the budgets ask for and `every` leaves out.
+BUDGETED = [("fused", "eaft", "bf16", "90", ""), ("gradient", "statistics-without-max", "bf16", "90", "")]
 
 
 @pytest.fixture(scope="module")
-def compiled() -> Iterator[Callable[[str], list[dict]]]:
-    """Reports of a test's jobs; all jobs start at once, as many at a time as there are cores."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        running = {
-            name: [pool.submit(compile_ahead, *line) for line in lines] for name, lines in jobs().items()
-        }
-        yield lambda name: [record for future in running[name] for record in future.result()]
+def compiled() -> list[dict]:
+    """Reports of all variants: one process imports PyTorch and Triton, and its forks compile, one a core."""
+    variants = [variant for arch in ARCHITECTURES for variant in every(arch)]
+    return compile_ahead([*variants, *ONES, *BUDGETED])
+
+
+def chosen(compiled: list[dict], variants: list[tuple[str, ...]]) -> list[dict]:
+    found = [
+        record
+        for record in compiled
+        if tuple(record[name] for name in ("kernel", "objective", "dtype", "arch", "options")) in variants
+    ]
+    assert len({(r["kernel"], r["objective"], r["dtype"], r["options"]) for r in found}) == len(variants)
+    return found
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_no_spills_and_no_stack(arch: str, compiled: Callable[[str], list[dict]]) -> None:
+def test_no_spills_and_no_stack(arch: str, compiled: list[dict]) -> None:
     """Every objective, every form of the gradient, and every option at once, in 2 and 4 bytes."""
-    assert_lean(compiled(arch))
+    assert_lean(chosen(compiled, every(arch)))
 
 
-def test_integers_that_are_one(compiled: Callable[[str], list[dict]]) -> None:
+def test_integers_that_are_one(compiled: list[dict]) -> None:
     """N = V = 1: Triton makes constants of integers that are 1, another program than the one for V > 1."""
-    assert_lean(compiled("ones"))
+    assert_lean(chosen(compiled, ONES))
 
 
 # (kernel, objective, loop): one of every form that a loop takes. "statistics-without-max" has a gradient with
@@ -113,16 +114,11 @@ BUDGETS = {
 
 
 @pytest.mark.parametrize("form", BUDGETS, ids="-".join)
-def test_instruction_budgets_on_sm_90(
-    form: tuple[str, str, str], compiled: Callable[[str], list[dict]]
-) -> None:
+def test_instruction_budgets_on_sm_90(form: tuple[str, str, str], compiled: list[dict]) -> None:
     """The loops are bound by instruction issue: reading bf16 at full rate leaves about 15 a logit."""
-    reports = compiled("90") + compiled("budgets")
-    (found,) = [
-        r
-        for r in reports
-        if (r["kernel"], r["objective"], r["loop"]) == form and r["dtype"] == "bf16" and not r["options"]
-    ]
+    kernel, objective, loop = form
+    reports = chosen(compiled, [(kernel, objective, "bf16", "90", "")])
+    (found,) = [r for r in reports if r["loop"] == loop]
     assert found["barriers_in_loop"] == 0 and found["shuffles_in_loop"] == 0
     assert found["load_bits"] == 128
     assert found["instructions_per_logit"] <= BUDGETS[form]

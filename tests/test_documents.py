@@ -11,6 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from documents import ROOT, commands, execute, fenced, text
+from processes import collected
 from ranks import run
 from torch import Tensor, nn
 
@@ -246,7 +248,8 @@ def test_commands_exist(page: str, line: str) -> None:
         if program == "pytest":
             selects_tests(arguments)
         elif program.endswith(("python", "python3")) and arguments[0] == "-m":
-            assert find_spec(arguments[1]) is not None
+            # Not by find_spec: setuptools hooks into that, and warns where distutils was imported.
+            assert PathFinder.find_spec(arguments[1]) is not None
         elif program.endswith("python"):
             assert (ROOT / arguments[0]).is_file()
             knows(arguments)
@@ -267,9 +270,8 @@ def selects_tests(arguments: list[str]) -> None:
         pytest.skip("needs the extra bench")
     if not paths:  # the whole suite, which this is a part of
         return
-    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", *arguments]
-    outcome = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    outcome, printed = collected(arguments, ROOT)
+    assert outcome == 0, printed
 
 
 def knows(arguments: list[str]) -> None:

@@ -11,11 +11,14 @@ Triton must not have been imported under TRITON_INTERPRET=1.
 
 from __future__ import annotations
 
+import fcntl
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -132,6 +135,7 @@ class Emulator:
         """Make it Triton's driver from here on."""
         os.environ.pop("TRITON_INTERPRET", None)
         _keep_ptx()
+        _compile_once()
         triton.runtime.driver.set_active(self.driver())
 
     @contextmanager
@@ -222,3 +226,21 @@ def _keep_ptx() -> None:
             found.pop("cubin")
 
     backend.__init__, backend.add_stages, backend.keeps_ptx = __init__, stages, True
+
+
+def _compile_once() -> None:
+    """Of processes that want the same kernel at the same time, as ranks do, one compiles it and the others
+    find it in Triton's cache."""
+    compile = triton.compiler.compile
+    if hasattr(compile, "__wrapped__"):
+        return
+
+    @functools.wraps(compile)
+    def alone(src: Any, *arguments: Any, **keywords: Any) -> Any:
+        locks = Path(triton.knobs.cache.dir, "locks")
+        locks.mkdir(parents=True, exist_ok=True)
+        with (locks / src.hash()).open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            return compile(src, *arguments, **keywords)
+
+    triton.compiler.compile = alone
