@@ -5,7 +5,7 @@ from .core.groups import VocabShard
 from .core.statistics import RowStatistics
 from .functional import deft_loss, row_statistics
 from .gated import gated_loss
-from .linear import fused_linear_deft_loss
+from .linear import fused_linear_deft_loss, fused_linear_row_statistics
 from .modules import DEFTLoss, FusedLinearDEFTLoss
 from .objectives import Objective
 from .version import __version__
@@ -19,6 +19,7 @@ __all__ = [
     "__version__",
     "deft_loss",
     "fused_linear_deft_loss",
+    "fused_linear_row_statistics",
     "gated_loss",
     "objectives",
     "reference",

@@ -1,4 +1,5 @@
-"""The public call over hidden states, whose logits are never whole: `fused_linear_deft_loss`."""
+"""The public calls over hidden states, whose logits are never whole: `fused_linear_deft_loss`,
+`fused_linear_row_statistics`."""
 
 from __future__ import annotations
 
@@ -12,75 +13,19 @@ from typing_extensions import Unpack
 from . import objectives
 from .backends import choice
 from .core import checks
+from .core.groups import Shard
+from .core.head import buffer_bytes, check_head, product_dtype
 from .core.inputs import aligned, shard_of
 from .core.keywords import named, showing
 from .core.reduction import Weighting, in_forward_obstacle, own_rows
-from .core.settings import LossOfHidden, checked
+from .core.settings import LossOfHidden, Request, RowsOfHidden, checked
 from .core.spec import Spec
-from .core.statistics import Field, RowLoss, RowStatistics, detached, predicted_classes, statistics_record
+from .core.statistics import Field, RowStatistics, detached, predicted_classes, statistics_record
 from .core.validation import in_step
 from .dtensors import is_dtensor, refuse_dtensors, whole
-from .functional import Loss, loss_of_logits
+from .functional import Loss, loss_of_logits, statistics_of_logits
 from .objectives import Objective
 from .operators import hidden as hidden_operators
-from .operators.chunk_gradients import HALF
-
-# Bytes of the chunk buffer; docs/linear.md has the measurements, on a CPU and on an H200.
-CHUNK_BYTES = {"cpu": 32 * 2**20}
-CHUNK_BYTES_ELSEWHERE = 2**30
-
-
-def _check_head(hidden: Any, weight: Any, bias: Any, part: bool) -> None:
-    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if tensor is None and name == "bias":
-            continue
-        checks.check_floats(tensor, name)
-        if name != "hidden" and tensor.device != hidden.device:
-            raise ValueError(f"{name}: is on {tensor.device}, hidden is on {hidden.device}")
-        checks.check_no_transform(tensor, name)
-    if hidden.dim() == 0 or hidden.shape[-1] == 0:
-        raise ValueError(f"hidden: expected shape [..., D] with D > 0, got {tuple(hidden.shape)}")
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(
-            f"weight: expected shape [V, {hidden.shape[-1]}], as hidden is {tuple(hidden.shape)}, "
-            f"got {tuple(weight.shape)}"
-        )
-    if weight.shape[0] == 0 and not part:
-        raise ValueError(f"weight: the vocabulary (first dimension) is empty, shape {tuple(weight.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
-
-
-def _product_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
-    """The dtype `F.linear` would multiply in: autocast's, which leaves float64 alone, or the tensors' own."""
-    others = (("weight", weight),) if bias is None else (("weight", weight), ("bias", bias))
-    kind = hidden.device.type
-    # The meta device has no autocast, and raises when asked for it.
-    if (
-        kind != "meta"
-        and torch.is_autocast_enabled(kind)
-        and torch.float64 not in (hidden.dtype, weight.dtype)
-    ):
-        return torch.get_autocast_dtype(kind)
-    for name, tensor in others:
-        if tensor.dtype != hidden.dtype:
-            raise TypeError(f"{name}: is {tensor.dtype}, hidden is {hidden.dtype}; cast one, or use autocast")
-    return hidden.dtype
-
-
-def _budget(chunk_bytes: int | None, hidden: Tensor, columns: int, product: torch.dtype, summed: bool) -> int:
-    """Bytes of the chunk buffer. columns: of the logits, as every rank counts them.
-
-    summed: several chunks would need the weight's gradient in fp32 beside them. Where one chunk takes no more
-    than a buffer and that sum, it is one: less memory at its peak, and no sum to read and write.
-    """
-    if chunk_bytes is None:
-        if hidden.device.type in CHUNK_BYTES:
-            return CHUNK_BYTES[hidden.device.type]
-        one = hidden.numel() // hidden.shape[-1] * columns * product.itemsize
-        sums = 4 * columns * hidden.shape[-1] if summed and product in HALF else 0
-        return max(one, 1) if one <= CHUNK_BYTES_ELSEWHERE + sums else CHUNK_BYTES_ELSEWHERE
-    return chunk_bytes
 
 
 @overload
@@ -168,46 +113,67 @@ def fused_linear_deft_loss(
     Source: DEFT, arXiv:2602.11424.
     """
     request = checked(keywords, return_stats)
-    if request.group is not None and (is_dtensor(weight) or is_dtensor(bias)):
-        raise ValueError("group: weight and bias are to be this rank's own rows; pass weight.to_local()")
-    given = {"labels": labels, "token_weight": request.token_weight, "class_weight": request.class_weight}
-    refuse_dtensors(given | {"num_items": request.num_items}, "hidden")
-    hidden, weight, bias = whole(hidden, weight, bias)
-    _check_head(hidden, weight, bias, request.group is not None)
-    outline = checks.Outline((*hidden.shape[:-1], weight.shape[0]), hidden.device)
-    checks.check_labels(labels, outline)
-    checks.check_token_weight(request.token_weight, labels, outline)
-    product = _product_dtype(hidden, weight, bias)
-    chosen = choice.choose(request.backend, hidden.device, product)
-    ignore_index, class_weight = request.ignore_index, request.class_weight
-    shard = shard_of(
-        request.group, weight.shape[0], hidden.device, chosen, labels, ignore_index, class_weight
-    )
-    vocabulary = weight.shape[0] if shard is None else shard.size
-    checks.check_class_weight(class_weight, outline, vocabulary, "class_weight")
-    if chosen == "reference":
-        return loss_of_logits(torch.nn.functional.linear(hidden, weight, bias), labels, request)
-
-    columns = vocabulary if shard is None else -(-shard.size // shard.ranks)
-    summed = torch.is_grad_enabled() and weight.requires_grad
-    budget = _budget(request.chunk_bytes, hidden, columns, product, summed)
-    flat = aligned(labels, request.shift, ignore_index)
-    call = _Call(hidden, weight, bias, flat, ignore_index, product, budget)
-    weighting, objective, shape = request.weighting(), request.objective, labels.shape
+    call = _Call.of(hidden, weight, bias, labels, request)
+    if call.backend == "reference":
+        return loss_of_logits(call.logits(), labels, request)
+    weighting, objective = request.weighting(), request.objective
+    stats: RowStatistics | None = None
     if not isinstance(objective, Objective):
         if request.label_smoothing > 0:
             raise ValueError(
                 "label_smoothing: not available with an objective that is a function of RowStatistics"
             )
-        spec = request.spec(objectives.of_statistics(), chosen, shard, statistics=True)
-        stats: RowStatistics | None
-        loss, stats = call.of_function(objective, spec, weighting, shape)
+        stats = call.statistics(request)
+        valid = call.labels != request.ignore_index
+        rows = own_rows(objective, stats, weighting.class_weight, call.labels, valid, request.z_loss)
+        loss, stats = weighting.reduce(rows, valid, call.labels), detached(stats)
     else:
-        spec = request.spec(objective, chosen, shard, statistics=return_stats)
-        loss, rows = call.of_objective(spec, weighting)
-        stats = statistics_record(rows, shape, vocabulary) if return_stats else None
-    loss = loss.reshape(shape) if request.reduction == "none" else loss
+        spec = request.spec(objective, call.backend, call.shard, statistics=return_stats)
+        loss, packed = call.of_objective(spec, weighting)
+        if return_stats:
+            stats = statistics_record(packed, labels.shape, call.vocabulary)
+    loss = loss.reshape(labels.shape) if request.reduction == "none" else loss
     return loss if stats is None or not return_stats else (loss, stats)
+
+
+@named
+@in_step("weight", 1, 0)
+@showing(RowsOfHidden)
+def fused_linear_row_statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    **keywords: Unpack[RowsOfHidden],
+) -> RowStatistics:
+    """`row_statistics` of a linear layer's logits, from its input, without ever holding all logits.
+
+        row_statistics(logit_scale * F.linear(hidden, weight, bias), labels, ...)
+
+    Log-probabilities, entropies and the other statistics of every token, differentiable in hidden, weight and
+    bias, as policy gradients and distillation want them:
+
+        r = fused_linear_row_statistics(hidden, head.weight, labels)
+        ratio = (r.logp - old_logp).exp()
+        loss = -(ratio * advantage).mean() - 0.01 * r.entropy.mean()
+
+    Args: hidden, weight, labels, bias, chunk_bytes as in `fused_linear_deft_loss`; the others as in
+        `row_statistics`.
+    Returns: as `row_statistics`; the logits are those that F.linear would give, in its dtype, and gradients
+        have the dtypes of hidden, weight and bias, the latter two summed in fp32 and cast once.
+    Raises: as `fused_linear_deft_loss`.
+    Memory: as there: one buffer of logits, 19 numbers a row. Matrix products: 1 forward, and in the backward
+        the logits once more and 2 for the gradients.
+        With a group: one all-gather of 7 numbers a row for each chunk of the forward, and one all-reduce of
+        hidden's gradient.
+    Limits: first derivatives only. On a GPU the host waits once for the number of rows that count.
+    Source: docs/mathematics.md; used for in docs/recipes.md.
+    """
+    request = checked(keywords)
+    call = _Call.of(hidden, weight, bias, labels, request)
+    if call.backend == "reference":
+        return statistics_of_logits(call.logits(), labels, request)
+    return call.statistics(request)
 
 
 class _Call:
@@ -219,16 +185,45 @@ class _Call:
         weight: Tensor,
         bias: Tensor | None,
         labels: Tensor,
-        ignore_index: int,
+        request: Request,
+        backend: str,
+        shard: Shard | None,
         product: torch.dtype,
-        budget: int,
     ):
-        hidden = hidden.reshape(-1, hidden.shape[-1])
+        self.backend, self.shard, self.product = backend, shard, product
+        self.shape, self.ignore_index = labels.shape, request.ignore_index
+        self.vocabulary = weight.shape[0] if shard is None else shard.size
+        columns = self.vocabulary if shard is None else -(-shard.size // shard.ranks)
         grad = torch.is_grad_enabled()
-        inputs = (hidden, weight, bias)
-        self.wanted = [grad and tensor is not None and tensor.requires_grad for tensor in inputs]
-        self.inputs, self.labels, self.ignore_index = inputs, labels, ignore_index
-        self.product, self.budget = product, budget
+        summed = grad and weight.requires_grad
+        self.budget = buffer_bytes(request.chunk_bytes, hidden, columns, product, summed)
+        self.hidden = hidden
+        self.inputs = (hidden.reshape(-1, hidden.shape[-1]), weight, bias)
+        self.wanted = [grad and tensor is not None and tensor.requires_grad for tensor in self.inputs]
+        self.labels = aligned(labels, request.shift, request.ignore_index)
+
+    @classmethod
+    def of(cls, hidden: Any, weight: Any, bias: Any, labels: Any, request: Request) -> _Call:
+        """Raises for what the arguments and the request cannot be together."""
+        if request.group is not None and (is_dtensor(weight) or is_dtensor(bias)):
+            raise ValueError("group: weight and bias are to be this rank's own rows; pass weight.to_local()")
+        class_weight, token_weight = request.class_weight, request.token_weight
+        given = {"labels": labels, "token_weight": token_weight, "class_weight": class_weight}
+        refuse_dtensors(given | {"num_items": request.num_items}, "hidden")
+        hidden, weight, bias = whole(hidden, weight, bias)
+        check_head(hidden, weight, bias, request.group is not None)
+        outline = checks.Outline((*hidden.shape[:-1], weight.shape[0]), hidden.device)
+        checks.check_labels(labels, outline)
+        checks.check_token_weight(token_weight, labels, outline)
+        product = product_dtype(hidden, weight, bias)
+        backend = choice.choose(request.backend, hidden.device, product)
+        place = (weight.shape[0], hidden.device, backend, labels, request.ignore_index, class_weight)
+        call = cls(hidden, weight, bias, labels, request, backend, shard_of(request.group, *place), product)
+        checks.check_class_weight(class_weight, outline, call.vocabulary, "class_weight")
+        return call
+
+    def logits(self) -> Tensor:
+        return torch.nn.functional.linear(self.hidden, *self.inputs[1:])
 
     def _settings(self, spec: Spec) -> tuple[Any, ...]:
         return (self.wanted, self.product, self.budget, self.ignore_index, *spec.encode())
@@ -254,18 +249,18 @@ class _Call:
             spec = replace(spec, objective=replace(spec.objective, mean_prob=0.0, batch_group=""))
         return in_forward_obstacle(spec, weighting) is None
 
-    def of_function(
-        self, objective: RowLoss, spec: Spec, weighting: Weighting, shape: torch.Size
-    ) -> tuple[Tensor, RowStatistics]:
-        """(loss, detached statistics) of an objective that is a function of differentiable statistics."""
-        plain = replace(spec, z_loss=0.0, label_smoothing=0.0)
-        args = (*self.inputs, self.labels, *self._settings(plain))
-        *vectors, rows = hidden_operators.statistics(*args)
-        logp, lse, collision, entropy, max_prob = (vector.reshape(shape) for vector in vectors)
-        correct = rows[Field.CORRECT].reshape(shape) != 0
-        predicted = predicted_classes(rows, shape, spec.vocabulary(self.inputs[1].shape[0]))
-        stats = RowStatistics(logp, lse, collision, entropy, max_prob, correct, predicted=predicted)
-        valid = self.labels != self.ignore_index
-        losses = own_rows(objective, stats, weighting.class_weight, self.labels, valid, spec.z_loss)
-        loss = weighting.reduce(losses, valid, self.labels)
-        return loss, detached(stats)
+    def statistics(self, request: Request) -> RowStatistics:
+        """Every row's statistics, differentiable."""
+        spec = Spec(
+            objectives.of_statistics(),
+            softcap=request.softcap,
+            temperature=request.temperature,
+            statistics=True,
+            backend=self.backend,
+            shard=self.shard,
+        )
+        *vectors, rows = hidden_operators.statistics(*self.inputs, self.labels, *self._settings(spec))
+        logp, lse, collision, entropy, max_prob = (vector.reshape(self.shape) for vector in vectors)
+        correct = rows[Field.CORRECT].reshape(self.shape) != 0
+        predicted = predicted_classes(rows, self.shape, self.vocabulary)
+        return RowStatistics(logp, lse, collision, entropy, max_prob, correct, predicted=predicted)

@@ -13,11 +13,12 @@ from deft_kernels import (
     FusedLinearDEFTLoss,
     deft_loss,
     fused_linear_deft_loss,
+    fused_linear_row_statistics,
     gated_loss,
     row_statistics,
 )
 from deft_kernels.core import keywords
-from deft_kernels.core.settings import LossOfHidden, LossOfLogits, OfRows
+from deft_kernels.core.settings import LossOfHidden, LossOfLogits, OfRows, RowsOfHidden
 
 N, D, V = 4, 5, 7
 LOGITS, HIDDEN, HEAD = torch.randn(N, V), torch.randn(N, D), torch.randn(V, D)
@@ -28,9 +29,17 @@ CALLS = {
     "deft_loss": lambda **k: deft_loss(LOGITS, LABELS, **k),
     "row_statistics": lambda **k: row_statistics(LOGITS, LABELS, **k),
     "fused_linear_deft_loss": lambda **k: fused_linear_deft_loss(HIDDEN, HEAD, LABELS, **k),
+    "fused_linear_row_statistics": lambda **k: fused_linear_row_statistics(HIDDEN, HEAD, LABELS, **k),
     "gated_loss": lambda **k: gated_loss(LOGP, LOGP, **k),
     "DEFTLoss": lambda **k: DEFTLoss(**k),
     "FusedLinearDEFTLoss": lambda **k: FusedLinearDEFTLoss(**k),
+}
+
+TABLES = {
+    "deft_loss": LossOfLogits,
+    "row_statistics": OfRows,
+    "fused_linear_deft_loss": LossOfHidden,
+    "fused_linear_row_statistics": RowsOfHidden,
 }
 
 MEANT = [
@@ -103,7 +112,7 @@ def test_in_place_of_a_positional_argument():
 def test_each_name_stands_for_one_thing_and_for_something_that_exists():
     foreign = [name for names in keywords.FAMILIAR.values() for name in names]
     assert len(foreign) == len(set(foreign))
-    calls = (deft_loss, fused_linear_deft_loss, gated_loss)
+    calls = (deft_loss, fused_linear_deft_loss, fused_linear_row_statistics, gated_loss)
     ours = {name for call in calls for name in inspect.signature(call).parameters}
     for meant in keywords.FAMILIAR:
         assert set(meant) <= ours
@@ -119,18 +128,16 @@ def test_signatures_are_those_that_were_written():
     assert deft_loss.__name__ == "deft_loss" and "arXiv:2602.11424" in deft_loss.__doc__
 
 
-@pytest.mark.parametrize("call", ["deft_loss", "row_statistics", "fused_linear_deft_loss"])
+@pytest.mark.parametrize("call", TABLES)
 def test_every_declared_keyword_is_checked(call):
     """One object that no keyword can be: each raises an error that begins with its name."""
-    table = {"deft_loss": LossOfLogits, "row_statistics": OfRows, "fused_linear_deft_loss": LossOfHidden}[
-        call
-    ]
-    for name in [*table.__annotations__, *(["return_stats"] if call != "row_statistics" else [])]:
+    table = TABLES[call]
+    for name in [*table.__annotations__, *(["return_stats"] if "objective" in table.__annotations__ else [])]:
         with pytest.raises((TypeError, ValueError), match=f"^{name}: "):
             CALLS[call](**{name: object()})
 
 
-@pytest.mark.parametrize("call", ["deft_loss", "row_statistics", "fused_linear_deft_loss"])
+@pytest.mark.parametrize("call", TABLES)
 def test_defaults_are_those_of_the_signature(call):
     """Said out loud, a default changes nothing."""
     kinds = inspect.signature(getattr(deft_kernels, call)).parameters.values()

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from deft_kernels import fused_linear_deft_loss, linear, objectives
+from deft_kernels import fused_linear_deft_loss, objectives
+from deft_kernels.core import head
 from deft_kernels.operators import hidden as hidden_operators
 
 # A chunk of 2 rows is 16 kB of fp32; N * V elements of one byte would be more. The row numbers that a block
@@ -151,5 +152,5 @@ def test_resident_memory_stays_at_the_budget():
 )
 def test_one_chunk_where_that_is_the_least_memory(rows, device, dtype, summed, expected):
     hidden = torch.empty(rows if device == "meta" else 1, 4096, device=device)
-    assert linear._budget(None, hidden, 131072, dtype, summed) == expected
-    assert linear._budget(123, hidden, 131072, dtype, summed) == 123
+    assert head.buffer_bytes(None, hidden, 131072, dtype, summed) == expected
+    assert head.buffer_bytes(123, hidden, 131072, dtype, summed) == 123

@@ -63,10 +63,16 @@ class OfLogits(OfLoss, total=False):
     grad_in_forward: Annotated[bool | None, None]
 
 
-class OfHidden(OfLoss, total=False):
+class OfChunks(TypedDict, total=False):
+    chunk_bytes: Annotated[int | None, None]
+
+
+class OfHidden(OfLoss, OfChunks, total=False):
     """The keywords of `FusedLinearDEFTLoss`."""
 
-    chunk_bytes: Annotated[int | None, None]
+
+class RowsOfHidden(OfRows, OfChunks, total=False):
+    """The keywords of `fused_linear_row_statistics`."""
 
 
 class LossOfLogits(OfLogits, OfBatch, total=False):

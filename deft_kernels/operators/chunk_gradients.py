@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..core.groups import Shard, total
+from ..core.head import HALF
 
-HALF = (torch.bfloat16, torch.float16)
 # What a CPU widens to fp32 at a time, in elements: 4 MiB of fp32. Slices of a quarter and of four times the
 # length took the same time (docs/linear.md).
 SLICE_ELEMENTS = 2**20
