@@ -13,6 +13,7 @@ import subprocess
 import sys
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,6 +35,8 @@ PAGES = [
 STACKS = sorted((ROOT / "docs" / "integrations").glob("*.md"))
 # The Python blocks of these pages by what a test gives them: whole tensors, or the parts of two ranks.
 ALONE = {"README.md": (0, 1, 3, 4), "docs/linear.md": (0,)}
+# By tests/test_recipes.py.
+RECIPES = {"docs/recipes.md": (0, 1, 2)}
 ON_RANKS = {"README.md": (2,), "docs/parallel.md": (0, 1, 2, 3)}
 # A program of its own.
 PROGRAMS = {"docs/kernels.md": (0,)}
@@ -70,7 +73,8 @@ def test_every_block_is_run() -> None:
     """A new block wants a place in ALONE or ON_RANKS, or a test beside its stack."""
     for page in PAGES:
         blocks = set(range(len(fenced(page, "python"))))
-        assert blocks == {*ALONE.get(page, ()), *ON_RANKS.get(page, ()), *PROGRAMS.get(page, ())}, page
+        placed = (places.get(page, ()) for places in (ALONE, ON_RANKS, PROGRAMS, RECIPES))
+        assert blocks == set(chain(*placed)), page
         fences = re.findall(r"^```(\w+)$", text(page), flags=re.MULTILINE)
         assert set(fences) <= {"python", "sh"}, page
     sources = [path.read_text() for folder in ("integrations", "stacks") for path in _tests(folder)]
