@@ -23,8 +23,8 @@ ARCHITECTURES = ("80", "90", "100")
 CHOICES = (*ARCHITECTURES, INTERPRETER)
 
 # What the whole suite has to run of the kernels, of a hundred: source lines; places, which are kernels and
-# the lines that their blocks begin with; blocks of all specialisations. For those that did not
-# run, one_way.py has the reasons.
+# the lines that their blocks begin with; blocks of all specialisations. Of those that did not run,
+# one_way.py has the reasons.
 FLOORS = {"lines": 98, "places": 95, "blocks": 75}
 
 # (kind, kernel, place, reason): what the emulator reports and does no harm.

@@ -1,8 +1,8 @@
 """Branches of the kernels that some specialisation takes one way only in the tests, each with its reason.
 
-Every specialisation has blocks of its own, and the calls that compile it have rows of one kind or two, so that
-the whole suite runs about four blocks of five. Each other block lies behind a branch that ran and always went
-one way (`ptx.coverage`). The branch is listed here by its source line. The whole suite fails where a block lies
+Every specialisation has blocks of its own, and the calls that compile it have rows of one kind or two: the
+whole suite runs about four blocks of five. Each other block lies behind a branch that ran and always went one
+way (`ptx.coverage`). The branch is listed here by its source line. The whole suite fails where a block lies
 behind a branch that is not listed, and where a listed one went both ways in no specialisation at all.
 """
 

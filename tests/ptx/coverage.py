@@ -21,8 +21,8 @@ FOREIGN = ("standard.py:", "__init__.py:")
 
 
 def _ends(blocks: list[Block]) -> Iterator[tuple[str, list[int]]]:
-    """Where each block ends: the line of its branch, or where the compiler gives it none, of what comes before
-    it in the text, and the blocks that may follow."""
+    """Where each block ends: the line of its branch, or of what comes before it where the compiler gives it
+    none, and the blocks that may follow."""
     last = "?"
     for block in blocks:
         for line in [*(i.line for i in block.instructions), block.line]:
