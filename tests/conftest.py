@@ -83,7 +83,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     whole = session.config.stash.setdefault(COVERAGE, {})
     own.merge(whole)
     whole.update(own.specialisations)
-    if whole_suite(session.config) and session.exitstatus == 0 and emulation.below(own):
+    held = whole_suite(session.config) and session.exitstatus == 0
+    if held and (emulation.below(own) or emulation.not_accounted_for(own)):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 

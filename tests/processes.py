@@ -26,6 +26,9 @@ def start_method() -> str:
 def _collect(arguments: list[str], folder: Path, printed: str) -> None:
     import pytest
 
+    # What a worker of xdist tells of itself is not true of this process.
+    for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
+        del os.environ[name]
     os.chdir(folder)
     with Path(printed).open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         outcome = pytest.main(["-q", "--collect-only", *arguments])

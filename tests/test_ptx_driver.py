@@ -125,6 +125,9 @@ def test_coverage() -> None:
             found.append(Coverage.of(emulator.kernels.values()))
     (ran, known), (blocks, all_blocks) = found[0].lines(), found[0].blocks()
     assert ran < known and blocks < all_blocks
+    ((kernel, place),) = found[0].one_way()
+    assert kernel == "positive" and place not in found[0].both_ways()
     found[0].merge(found[1].specialisations)
     assert found[0].lines()[0] == known and found[0].blocks() == (all_blocks, all_blocks)
     assert not found[0].places()[1] - found[0].places()[0]
+    assert not found[0].one_way() and place in found[0].both_ways()

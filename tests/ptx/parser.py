@@ -41,6 +41,12 @@ class Block:
     target: int = -1
     following: int = -1
     condition: tuple[str, bool] = ("", False)  # of a branch: predicate, negated
+    line: str = "?"  # file.py:line of the branch
+
+    @property
+    def successors(self) -> list[int]:
+        ends = {"exit": [], "jump": [self.target], "barrier": [self.following]}
+        return ends.get(self.kind, [self.target, self.following])
 
 
 @dataclass
@@ -215,7 +221,7 @@ class _Body:
             if opcode not in ("bra", "bra.uni"):
                 raise Unsupported(f"{self.line}: {text}")
             self.jumps.append((block, rest))
-            block.kind, block.condition = "branch", (guard or "", negated)
+            block.kind, block.condition, block.line = "branch", (guard or "", negated), self.line
         elif opcode in ("ret", "exit"):
             if guard:
                 raise Unsupported(f"{self.line}: {text}")
