@@ -131,9 +131,9 @@ def not_accounted_for(coverage: Coverage) -> list[str]:
     """Branches behind which blocks did not run for no reason that is known."""
     import one_way
 
-    from deft_kernels.kernels import row_kernels
+    from deft_kernels.backends.triton import kernels
 
-    return list(one_way.not_accounted_for(coverage, Path(row_kernels.__file__).parent))
+    return list(one_way.not_accounted_for(coverage, Path(kernels.__file__).parent))
 
 
 def summary(emulator: Emulator, specialisations: dict[str, Any], held: bool) -> list[str]:
