@@ -1,4 +1,4 @@
-"""The linear call under torch.compile, and its operators' registration. Sizes as in test_compile."""
+"""The linear call under torch.compile, and its operators' registration. Sizes as in test_torch_compile."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The linear call with its head split between ranks, in real processes, against the whole head in one.
 
-FSDP2, DDP and DTensor heads without a group are in `test_linear_distributed`.
+FSDP2, DDP and DTensor heads without a group are in `test_linear_data_parallel`.
 """
 
 from __future__ import annotations
