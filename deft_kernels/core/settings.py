@@ -43,7 +43,7 @@ class OfRows(TypedDict, total=False):
     """The keywords of `row_statistics`, which every call has."""
 
     ignore_index: Annotated[int, -100]
-    shift: Annotated[bool, False]
+    shift: Annotated[bool | int, False]
     logit_scale: Annotated[float, 1.0]
     softcap: Annotated[float | None, None]
     temperature: Annotated[float, 1.0]
@@ -96,6 +96,7 @@ class Request(NamedTuple):
     """What a call asks for, its keywords checked as far as they can be without its tensors.
 
     objective: a description, or a function of RowStatistics.  class_weight: `weight` in calls over logits.
+    shift: positions between a logit and its label, 0 where they are aligned already.
     softcap, temperature: z = softcap tanh(logits / softcap) / temperature, `logit_scale` folded in; a softcap
     of 0 is none.
     """
@@ -106,7 +107,7 @@ class Request(NamedTuple):
     token_weight: Tensor | None
     class_weight: Tensor | None
     num_items: Tensor | float | None
-    shift: bool
+    shift: int
     softcap: float
     temperature: float
     z_loss: float
@@ -169,7 +170,7 @@ def checked(keywords: Mapping[str, Any], return_stats: bool = False) -> Request:
         given["token_weight"],
         given["weight"] if given["class_weight"] is None else given["class_weight"],
         checks.number_of_items(given["num_items"], reduction),
-        checks.flag("shift", given["shift"]),
+        checks.positions("shift", given["shift"]),
         # Both divided by the scale, so that no kernel multiplies by it.
         0.0 if cap is None else checks.number("softcap", cap, 0.0, above=True) / scale,
         checks.number("temperature", given["temperature"], 0.0, above=True) / scale,
