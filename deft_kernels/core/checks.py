@@ -187,9 +187,10 @@ def positions(name: str, value: Any) -> Any:
         return int(value)
     if not isinstance(value, (numbers.Integral, torch.SymInt)):
         raise TypeError(f"{name}: expected True, False or a number of positions, got {kind_of(value)}")
-    if not value >= 0:
-        raise ValueError(f"{name}: expected a number of positions that is not negative, got {value}")
-    return value if isinstance(value, torch.SymInt) else int(value)
+    count: Any = value if isinstance(value, torch.SymInt) else int(value)
+    if not count >= 0:
+        raise ValueError(f"{name}: expected a number of positions that is not negative, got {count}")
+    return count
 
 
 def real(name: str, value: Any) -> Any:
