@@ -60,7 +60,7 @@ def row_loss(
             *records,
             *static,
             num_warps=plan.num_warps,
-            **call.variants.compiled_to_reduce,
+            **call.variants.compiler_of_reductions,
         )
     return loss, rows
 
@@ -79,7 +79,7 @@ def row_states(
     joined = torch.zeros(call.count, size, dtype=torch.float32, device=call.device)
     args = (labels, states, joined, splits, ignore_index, call.variants.numbers.k)
     static = (size, _power_of_2(splits), call.variants.states)
-    combine_kernel[(call.count,)](*args, *static, num_warps=1, **call.variants.compiled)
+    combine_kernel[(call.count,)](*args, *static, num_warps=1, **call.variants.compiler)
     return joined
 
 
@@ -126,7 +126,7 @@ def _reduce(
             *records,
             *static,
             num_warps=plan.num_warps,
-            **call.variants.compiled_to_reduce,
+            **call.variants.compiler_of_reductions,
         )
     return states
 
@@ -155,7 +155,7 @@ def _finish(
         scalars = (call.count, parts, *strides, call.vocabulary, ignore_index)
         static = (mean_prob is not None, _power_of_2(parts), variant)
         finish_kernel[(call.count,)](
-            *tensors, *scalars, call.variants.numbers, *static, num_warps=1, **call.variants.compiled
+            *tensors, *scalars, call.variants.numbers, *static, num_warps=1, **call.variants.compiler
         )
 
     objective = call.spec.objective
@@ -192,7 +192,7 @@ def row_loss_with_gradient(
     records = (call.strides, out_strides, call.variants.numbers)
     static = (call.variants.rows, plan_of(plan, peeled))
     kernel_for(fused_kernel, call.vocabulary)[(call.count,)](
-        *tensors, *scalars, *records, *static, num_warps=plan.num_warps, **call.variants.compiled
+        *tensors, *scalars, *records, *static, num_warps=plan.num_warps, **call.variants.compiler
     )
     return loss, rows
 
@@ -244,7 +244,7 @@ def gradient(
     records = (call.strides, out_strides, call.variants.numbers)
     static = (upstream is not None, call.variants.gradient, plan_of(plan, peeled))
     gradient_kernel[(programs, -(-call.vocabulary // span))](
-        *tensors, *scalars, *records, *static, num_warps=plan.num_warps, **call.variants.compiled
+        *tensors, *scalars, *records, *static, num_warps=plan.num_warps, **call.variants.compiler
     )
 
 
