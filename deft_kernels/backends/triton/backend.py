@@ -195,19 +195,20 @@ def mean_scale(labels: Tensor, ignore_index: int) -> Tensor:
 @on_device
 def mean(loss: Tensor, rows: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """(mean of the losses of rows that count, its `mean_scale`), by one launch."""
-    scale, total = torch.empty(2, dtype=torch.float32, device=labels.device).split(1)
+    scale = torch.empty(1, dtype=torch.float32, device=labels.device)
+    total = torch.empty((), dtype=torch.float32, device=labels.device)
     args = (labels, loss, rows[Field.KEPT], scale, total, labels.numel(), ignore_index)
     mean_kernel[(1,)](*args, num_warps=8, **options(mode(), False))
-    return total.reshape(()), scale.expand(labels.numel())
+    return total, scale.expand(labels.numel())
 
 
 @on_device
 def weighted_total(loss: Tensor, row_scale: Tensor, rows: Tensor) -> Tensor:
     """As `operators.weighted_total`."""
-    total = torch.empty(1, dtype=torch.float32, device=loss.device)
+    total = torch.empty((), dtype=torch.float32, device=loss.device)
     args = (loss, rows[Field.KEPT], row_scale, total, loss.numel(), row_scale.stride(0))
     weighted_total_kernel[(1,)](*args, num_warps=8, **options(mode(), False))
-    return total.reshape(())
+    return total
 
 
 @on_device
