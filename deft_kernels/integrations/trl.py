@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from ..backends.pytorch.objectives import evaluate, outside_band
 from ..core.groups import batch_mean
+from ..core.keywords import showing
 from ..core.statistics import Field, RowStatistics
 from ..gated import gated_loss
 from ..objectives import Objective, resolve
@@ -24,16 +26,19 @@ from ._shared.checks import check_trainer, refuse_label_smoothing
 from ._shared.logits import ComputeLoss
 from ._shared.patching import RECORD
 from ._shared.running import RunningStatistics
+from ._shared.settings import LogitsKeywords
 
 FUSED_OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "is_top1")
 
 
+@showing(LogitsKeywords)
 def apply(
     trainer: Any,
     objective: str | Objective = "deft",
     *,
     log_statistics: bool = True,
-    **keywords: Any,
+    shift: bool = True,
+    **keywords: Unpack[LogitsKeywords],
 ) -> RunningStatistics:
     """Give an `SFTTrainer` the gated loss, between its construction and train(); its own metrics stay.
 
@@ -45,7 +50,7 @@ def apply(
         objective: a name or an `Objective`. With the fused head: none that needs max p, that is a function of
             `RowStatistics`, or that differentiates through sum p^2.
         log_statistics: add a `StatisticsCallback`, else a `ProofCallback`.
-        keywords: as in `transformers.ComputeLoss`, before TRL 1.15; the fused head has none.
+        shift, keywords: as in `transformers.ComputeLoss`, before TRL 1.15; the fused head has none.
     Returns: the `RunningStatistics` that are logged.
     Raises: TypeError for another trainer; ValueError for loss_type "dft" or "chunked_nll",
         label_smoothing_factor, a compute_loss_func, Liger's fused flag, DeepSpeed sequence parallelism, and
@@ -67,9 +72,9 @@ def apply(
     refuse_label_smoothing(trainer.args)
     statistics = RunningStatistics()
     if _has_fused_head():
-        _rewrite(trainer, objective, statistics, list(keywords))
+        _rewrite(trainer, objective, statistics, [*keywords, *([] if shift else ["shift"])])
     else:
-        loss = ComputeLoss(objective, statistics=statistics, **keywords)
+        loss = ComputeLoss(objective, statistics=statistics, shift=shift, **keywords)
         check_trainer(trainer)
         trainer.compute_loss_func = loss
     callback = StatisticsCallback(statistics) if log_statistics else ProofCallback(statistics.calls)
