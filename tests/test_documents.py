@@ -38,6 +38,8 @@ ALONE = {"README.md": (0, 1, 3, 4), "docs/linear.md": (0,)}
 # By tests/test_recipes.py.
 RECIPES = {"docs/recipes.md": (0, 1, 2)}
 ON_RANKS = {"README.md": (2,), "docs/parallel.md": (0, 1, 2, 3)}
+# By tests/test_adding_an_objective.py: blocks of `diff`, and a command that runs where they were applied.
+FOLLOWED = "docs/objectives.md"
 # A program of its own.
 PROGRAMS = {"docs/kernels.md": (0,)}
 B, T, D, V = 2, 5, 6, 12
@@ -76,7 +78,7 @@ def test_every_block_is_run() -> None:
         placed = (places.get(page, ()) for places in (ALONE, ON_RANKS, PROGRAMS, RECIPES))
         assert blocks == set(chain(*placed)), page
         fences = re.findall(r"^```(\w+)$", text(page), flags=re.MULTILINE)
-        assert set(fences) <= {"python", "sh"}, page
+        assert set(fences) <= ({"diff", "sh"} if page == FOLLOWED else {"python", "sh"}), page
     sources = [path.read_text() for folder in ("integrations", "stacks") for path in _tests(folder)]
     for path in STACKS:
         page = path.stem
@@ -234,7 +236,7 @@ def test_examples_on_two_ranks(case, outcomes: dict[str, list[str]]) -> None:
     assert outcomes[case.__name__] == ["passed"] * 2, "\n".join(outcomes[case.__name__])
 
 
-SHELL = [(page, line) for page in PAGES for line in commands(page)]
+SHELL = [(page, line) for page in PAGES if page != FOLLOWED for line in commands(page)]
 
 
 def test_the_pages_have_commands() -> None:
