@@ -42,6 +42,8 @@ ON_RANKS = {"README.md": (2,), "docs/parallel.md": (0, 1, 2, 3)}
 FOLLOWED = "docs/objectives.md"
 # A program of its own.
 PROGRAMS = {"docs/kernels.md": (0,)}
+# Files that pages name and that belong to other packages.
+OF_OTHERS = {"pretrain_gpt.py"}
 B, T, D, V = 2, 5, 6, 12
 
 
@@ -296,3 +298,24 @@ def test_links_lead_somewhere() -> None:
     for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", path.read_text()):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_contributing_names_every_module() -> None:
+    """Its table of folders, against what lies there."""
+    package = "deft_kernels/"
+    table = re.findall(rf"^\| `({package}[\w/]*)` \| (.*?) \|", text("CONTRIBUTING.md"), flags=re.MULTILINE)
+    named = {folder: sorted(re.findall(r"`(\w+)`", modules)) for folder, modules in table}
+    for folder, modules in named.items():
+        there = [path.stem for path in (ROOT / folder).glob("*.py") if not path.stem.startswith("__")]
+        assert modules == sorted(set(there) - {"version"}), folder
+    folders = {path.parent.relative_to(ROOT).as_posix() + "/" for path in (ROOT / package).rglob("*.py")}
+    assert set(named) == folders
+
+
+def test_named_files_exist() -> None:
+    """A Python file that a page names, by its path from the root, the package or a folder with one such file."""
+    files = [path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py") if ".venv" not in path.parts]
+    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
+        for name in re.findall(r"(?<![\w/.-])([\w/]+\.py)\b", path.read_text()):
+            if name not in OF_OTHERS and "NAME" not in name:
+                assert any(f"/{file}".endswith(f"/{name}") for file in files), f"{path.name}: {name}"
