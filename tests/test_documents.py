@@ -313,7 +313,7 @@ def test_contributing_names_every_module() -> None:
 
 
 def test_named_files_exist() -> None:
-    """A Python file that a page names, by its path from the root, the package or a folder with one such file."""
+    """Every Python file that a page names, by its name or the last folders of its path."""
     files = [path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py") if ".venv" not in path.parts]
     for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
         for name in re.findall(r"(?<![\w/.-])([\w/]+\.py)\b", path.read_text()):
