@@ -38,8 +38,12 @@ ALONE = {"README.md": (0, 1, 3, 4), "docs/linear.md": (0,)}
 # By tests/test_recipes.py.
 RECIPES = {"docs/recipes.md": (0, 1, 2)}
 ON_RANKS = {"README.md": (2,), "docs/parallel.md": (0, 1, 2, 3)}
+# By tests/test_adding_an_objective.py: blocks of `diff`, and a command that runs where they were applied.
+FOLLOWED = "docs/objectives.md"
 # A program of its own.
 PROGRAMS = {"docs/kernels.md": (0,)}
+# Files that pages name and that belong to other packages.
+OF_OTHERS = {"pretrain_gpt.py"}
 B, T, D, V = 2, 5, 6, 12
 
 
@@ -76,7 +80,7 @@ def test_every_block_is_run() -> None:
         placed = (places.get(page, ()) for places in (ALONE, ON_RANKS, PROGRAMS, RECIPES))
         assert blocks == set(chain(*placed)), page
         fences = re.findall(r"^```(\w+)$", text(page), flags=re.MULTILINE)
-        assert set(fences) <= {"python", "sh"}, page
+        assert set(fences) <= ({"diff", "sh"} if page == FOLLOWED else {"python", "sh"}), page
     sources = [path.read_text() for folder in ("integrations", "stacks") for path in _tests(folder)]
     for path in STACKS:
         page = path.stem
@@ -234,7 +238,7 @@ def test_examples_on_two_ranks(case, outcomes: dict[str, list[str]]) -> None:
     assert outcomes[case.__name__] == ["passed"] * 2, "\n".join(outcomes[case.__name__])
 
 
-SHELL = [(page, line) for page in PAGES for line in commands(page)]
+SHELL = [(page, line) for page in PAGES if page != FOLLOWED for line in commands(page)]
 
 
 def test_the_pages_have_commands() -> None:
@@ -294,3 +298,24 @@ def test_links_lead_somewhere() -> None:
     for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", path.read_text()):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_contributing_names_every_module() -> None:
+    """Its table of folders, against what lies there."""
+    package = "deft_kernels/"
+    table = re.findall(rf"^\| `({package}[\w/]*)` \| (.*?) \|", text("CONTRIBUTING.md"), flags=re.MULTILINE)
+    named = {folder: sorted(re.findall(r"`(\w+)`", modules)) for folder, modules in table}
+    for folder, modules in named.items():
+        there = [path.stem for path in (ROOT / folder).glob("*.py") if not path.stem.startswith("__")]
+        assert modules == sorted(set(there) - {"version"}), folder
+    folders = {path.parent.relative_to(ROOT).as_posix() + "/" for path in (ROOT / package).rglob("*.py")}
+    assert set(named) == folders
+
+
+def test_named_files_exist() -> None:
+    """Every Python file that a page names, by its name or the last folders of its path."""
+    files = [path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py") if ".venv" not in path.parts]
+    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
+        for name in re.findall(r"(?<![\w/.-])([\w/]+\.py)\b", path.read_text()):
+            if name not in OF_OTHERS and "NAME" not in name:
+                assert any(f"/{file}".endswith(f"/{name}") for file in files), f"{path.name}: {name}"

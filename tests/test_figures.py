@@ -114,6 +114,22 @@ def test_what_eps_damps() -> None:
     assert round(100 * (1 - ratio.item())) == 13
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
+def test_the_bounds_of_cayley(backend: str, device: str) -> None:
+    """The focus index stays within [0.001, 1] as its docstring says: each backend has the two numbers."""
+    said = re.search(
+        r"clamped to \[([\d.]+), ([\d.]+)\]", re.sub(r"\s+", " ", objectives.cayley.__doc__ or "")
+    )
+    assert said
+    lowest, highest = float(said[1]), float(said[2])
+    z = torch.tensor([[0.0, 30.0], [30.0, 0.0]], device=device if backend == "triton" else "cpu")
+    y = torch.zeros(2, dtype=torch.int64, device=z.device)
+    # Without a floor and without eps it is p / (2 - p): 5e-14 for the first row, 1 for the second.
+    objective = objectives.cayley(mean_prob=0.0)
+    _, stats = deft_loss(z, y, objective=objective, reduction="none", return_stats=True, backend=backend)
+    torch.testing.assert_close(stats.alpha.cpu(), torch.tensor([lowest, highest]), rtol=0.0, atol=0.0)
+
+
 def test_what_expm1_saves() -> None:
     """1 - p^alpha loses 7e-4 relative at alpha = 1/V, in fp32."""
     assert "loses 7e-4 relative at alpha = 1/V" in prose("docs/mathematics.md")

@@ -1,6 +1,18 @@
-"""The defects seen in well-known loss kernels (STYLE.md, "Traps seen in the field"), one test or more each.
+"""Defects that well-known loss kernels had, one test or more for each. The docstrings name them by number:
 
-Every docstring names its trap. Traps 2 and 8 belong to the fused linear call and have no subject here.
+1.  the gradient of a confident token lost: p / N stored in half precision, then 1 / N subtracted
+2.  the weight's gradient summed over chunks in half precision (`test_weight_gradient_is_summed_in_fp32`)
+3.  reduction="none" or token weights wrong, because the forward had made the gradient for a mean
+4.  logits overwritten without a word to autograd
+5.  every label ignored: NaN, or a loss without a graph
+6.  row offsets in int32
+7.  a tail tile that is not masked
+8.  a frozen input, and no gradient for the others (`test_frozen_inputs`)
+9.  the host waits for the device
+10. two options together, one of them without effect
+11. tests on small random logits only
+
+2 and 8 are defects of the linear call: their tests are in `test_linear`.
 """
 
 from __future__ import annotations
