@@ -191,7 +191,7 @@ def _setup_row_loss(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(logits, labels, class_weight, output[1])
 
 
-def room(logits: Tensor, spec: Spec) -> Tensor:
+def gradient_storage(logits: Tensor, spec: Spec) -> Tensor:
     """Where the gradient goes: a tensor of its own, or the logits' storage, whose later use then raises."""
     if not spec.inplace:
         return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
@@ -205,7 +205,7 @@ def gradient_of_rows(
 ) -> Tensor:
     """The gradient by the logits for an upstream `dloss` [N], in their storage where the settings say so."""
     if not torch.is_grad_enabled() and not watched(logits, dloss):
-        dlogits = room(logits, spec)
+        dlogits = gradient_storage(logits, spec)
         implementation(spec).gradient(logits, labels, class_weight, rows, dloss, spec, dlogits)
         return dlogits
     args = (labels, class_weight, rows, dloss, *spec.encode())
