@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, Literal, overload
 
 import torch
@@ -22,7 +23,9 @@ from .dtensors import is_dtensor, loss_of_dtensor, refuse_dtensors, statistics_o
 from .objectives import Objective
 from .operators import functions
 from .operators import logits as logits_operators
+from .operators import weighted as weighted_operators
 from .operators.eager import watched
+from .weighted import Weighted
 
 Loss = Tensor | tuple[Tensor, RowStatistics]
 
@@ -140,6 +143,20 @@ def loss_of_logits(logits: Tensor, labels: Tensor, request: Request) -> Loss:
     checks.check_class_weight(weight, logits, vocabulary)
     shape, flat = labels.shape, aligned(labels, request.shift, ignore_index)
     weighting = request.weighting()
+    if isinstance(objective, Weighted):
+        objective.check_inputs(labels)
+        if chosen != "reference":
+            checks.check_no_transform(logits)
+            spec = request.spec(objectives.nll(), chosen, shard, statistics=True)
+            wanted = bool(request.grad_in_forward) and in_forward(True, spec, weighting, logits)
+            if request.inplace:
+                checks.check_inplace(logits)
+            args = (flat, weighting, request.ignore_index, spec)
+            loss, rows = weighted_operators.loss(objective, addressable(logits), *args, in_forward=wanted)
+            loss = loss.reshape(shape) if request.reduction == "none" else loss
+            return (loss, statistics_record(rows, shape, vocabulary)) if request.return_stats else loss
+        weights = _reference_weights(objective, logits, flat.reshape(shape), request)
+        return _reference(weights, logits, flat.reshape(shape), request)
     if not isinstance(objective, Objective):
         _refuse_for_function(request)
         return _loss_of_function(objective, logits, flat, shape, weighting, request)
@@ -208,7 +225,17 @@ def _loss_of_function(
     return (loss, detached(stats)) if request.return_stats else loss
 
 
-def _reference(objective: Objective, logits: Tensor, labels: Tensor, request: Request) -> Loss:
+def _reference_weights(objective: Weighted, logits: Tensor, labels: Tensor, request: Request) -> Any:
+    """The objective as the reference reads one, its weights made of the reference's own statistics."""
+    with torch.no_grad():
+        plain = request._replace(shift=0, group=None)
+        stats = statistics_of_logits(logits.detach(), labels, plain)
+    flat = RowStatistics(*(None if s is None else s.reshape(-1) for s in stats))  # type: ignore[arg-type]
+    valid = labels.reshape(-1) != request.ignore_index
+    return SimpleNamespace(focus="given", weight=objective.of(flat, valid), low=0.0, high=1.0, batch_group="")
+
+
+def _reference(objective: Any, logits: Tensor, labels: Tensor, request: Request) -> Loss:
     """`labels` are shifted already."""
     for name, asked in (("inplace", request.inplace), ("grad_in_forward", request.grad_in_forward)):
         if asked:
@@ -216,7 +243,7 @@ def _reference(objective: Objective, logits: Tensor, labels: Tensor, request: Re
     if objective.batch_group:
         raise ValueError('batch_group: not available with backend="reference", which is one process')
     checks.check_label_range(labels.reshape(-1), logits.shape[-1], request.ignore_index)
-    loss, stats = reference.loss(logits, labels, **request.for_reference())
+    loss, stats = reference.loss(logits, labels, **request.for_reference() | {"objective": objective})
     return (loss, RowStatistics(**stats)) if request.return_stats else loss
 
 

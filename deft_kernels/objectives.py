@@ -30,6 +30,10 @@ from typing import Any, Literal
 
 from .core.checks import flag, kind_of, number
 from .core.groups import group_name
+from .weighted import Weighted as Weighted
+from .weighted import chord as chord
+from .weighted import mile as mile
+from .weighted import weighted as weighted
 
 Focus = Literal[
     "fixed", "collision", "shannon", "max_prob", "cayley", "prob", "entropy", "statistics", "statistics+max"

@@ -61,6 +61,9 @@ def row_objective(objective: Any, stats: dict[str, Tensor], valid: Tensor) -> tu
     impossible = torch.isinf(logp)  # a target of probability 0: the limits of the formulas
     finite = logp.masked_fill(impossible, 0.0)
 
+    if objective.focus == "given":
+        seen = logp.masked_fill((objective.weight == 0) & impossible, 0.0)
+        return objective.weight * -seen, torch.zeros_like(logp), objective.weight
     if objective.focus == "prob":
         return (held(p) * -finite).masked_fill(impossible, 0.0), torch.ones_like(logp), p
     if objective.focus == "entropy":

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypedDict
 from torch import Tensor
 
 from ..objectives import Objective
+from ..weighted import Weighted
 from . import checks
 from .groups import Shard, VocabShard
 from .inputs import described
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 class OfObjective(TypedDict, total=False):
     """What is trained. Each annotation is the keyword's type and its default."""
 
-    objective: Annotated[str | Objective | RowLoss, "deft"]
+    objective: Annotated[str | Objective | Weighted | RowLoss, "deft"]
     reduction: Annotated[Reduction, "mean"]
 
 
@@ -124,13 +125,14 @@ DEFAULTS = {
 class Request(NamedTuple):
     """What a call asks for, its keywords checked as far as they can be without its tensors.
 
-    objective: a description, or a function of RowStatistics.  class_weight: `weight` in calls over logits.
+    objective: a description, weights, or a function of RowStatistics.  class_weight: `weight` in calls over
+    logits.
     shift: positions between a logit and its label, 0 where they are aligned already.
     softcap, temperature: z = softcap tanh(logits / softcap) / temperature, `logit_scale` folded in; a softcap
     of 0 is none.
     """
 
-    objective: Objective | RowLoss
+    objective: Objective | Weighted | RowLoss
     reduction: Reduction
     ignore_index: int
     token_weight: Tensor | None

@@ -8,7 +8,7 @@ without autograd; `backend` is one of `backends`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -185,6 +185,31 @@ def loss_with_gradient(
         scale = row_scale[chunk.rows]
         args = (labels[chunk.rows], scale, class_weight, ignore_index, spec, chunk.logits)
         results.put(chunk, *backend.row_loss_with_gradient(chunk.logits, *args))
+        gradients.add(chunk)
+    return results.loss, results.rows, gradients.finish()
+
+
+def reweighted_loss_with_gradient(
+    backend: Backend,
+    head: Head,
+    labels: Tensor,
+    row_scale: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    spec: Spec,
+    wanted: list[bool],
+    of_rows: Callable[..., tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor, Gradients]:
+    """`loss_with_gradient` of rows that `of_rows(rows, loss, labels, which)` makes of those of -logp."""
+    chunks, results = Chunks(head, labels != ignore_index), Results(head)
+    gradients = _Accumulators(chunks, wanted)
+    for chunk in chunks:
+        own = labels[chunk.rows]
+        loss, rows = backend.row_loss(chunk.logits, own, class_weight, ignore_index, spec)
+        loss, rows = of_rows(rows, loss, own, chunk.rows)
+        results.put(chunk, loss, rows)
+        scale = row_scale[chunk.rows]
+        backend.gradient(chunk.logits, own, class_weight, rows, scale, spec, chunk.logits)
         gradients.add(chunk)
     return results.loss, results.rows, gradients.finish()
 

@@ -116,27 +116,45 @@ class LossWithGradient(torch.autograd.Function):
         dlogits = gradient_storage(logits, spec)
         args = (labels, row_scale, class_weight, ignore_index, spec, dlogits)
         loss, rows = implementation(spec).row_loss_with_gradient(logits, *args)
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(rows)
-        ctx.save_for_backward(None if spec.inplace else logits, labels, row_scale, class_weight, rows)
-        ctx.dlogits, ctx.spec = dlogits, spec
+        keep(ctx, logits, labels, row_scale, class_weight, rows, dlogits, spec)
         return implementation(spec).weighted_total(loss, row_scale, rows), rows
 
     @staticmethod
     def backward(ctx: Any, dtotal: Tensor | None, _: Any) -> Any:
-        if dtotal is None:
-            return (None,) * 6
-        logits, labels, row_scale, class_weight, rows = ctx.saved_tensors
-        spec: Spec = ctx.spec
-        # Handing out the one reference lets autograd keep the tensor as .grad without a copy.
-        dlogits, ctx.dlogits = ctx.dlogits, None
-        if spec.inplace:
-            in_place.check_in_place_backward(dlogits)
-        elif dlogits is None or torch.is_grad_enabled() or watched(dtotal):
-            # Given away by an earlier backward; or with a graph of its own, for which the operator raises.
-            saved = (logits, labels, class_weight, rows)
-            dloss = (dtotal * row_scale).to(rows.dtype)
-            return gradient_of_rows(*saved, dloss, spec), None, None, None, None, None
-        backend = implementation(spec)
-        backend.match_upstream(dlogits, dtotal, logits, labels, row_scale, class_weight, rows, spec)
-        return dlogits, None, None, None, None, None
+        return kept_gradient(ctx, dtotal), None, None, None, None, None
+
+
+def keep(
+    ctx: Any,
+    logits: Tensor,
+    labels: Tensor,
+    row_scale: Tensor,
+    class_weight: Tensor | None,
+    rows: Tensor,
+    dlogits: Tensor,
+    spec: Spec,
+) -> None:
+    """What the backward of a gradient made in the forward needs; `rows` is an output."""
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(rows)
+    ctx.save_for_backward(None if spec.inplace else logits, labels, row_scale, class_weight, rows)
+    ctx.dlogits, ctx.spec = dlogits, spec
+
+
+def kept_gradient(ctx: Any, dtotal: Tensor | None) -> Tensor | None:
+    """The gradient that the forward made, for this upstream."""
+    if dtotal is None:
+        return None
+    logits, labels, row_scale, class_weight, rows = ctx.saved_tensors
+    spec: Spec = ctx.spec
+    # Handing out the one reference lets autograd keep the tensor as .grad without a copy.
+    dlogits, ctx.dlogits = ctx.dlogits, None
+    if spec.inplace:
+        in_place.check_in_place_backward(dlogits)
+    elif dlogits is None or torch.is_grad_enabled() or watched(dtotal):
+        # Given away by an earlier backward; or with a graph of its own, for which the operator raises.
+        dloss = (dtotal * row_scale).to(rows.dtype)
+        return gradient_of_rows(logits, labels, class_weight, rows, dloss, spec)
+    backend = implementation(spec)
+    backend.match_upstream(dlogits, dtotal, logits, labels, row_scale, class_weight, rows, spec)
+    return dlogits

@@ -23,7 +23,7 @@ from .eager import function_of, watched
 from .logits import no_double_backward, save_nothing
 
 
-def _outside_autocast(hidden: Tensor) -> torch.autocast:
+def outside_autocast(hidden: Tensor) -> torch.autocast:
     """The products' dtype is settled; autocast must not choose another one inside the operator."""
     return torch.autocast(hidden.device.type, enabled=False)
 
@@ -59,7 +59,7 @@ def linear_row_loss(
     args = (labels, product, class_weight, ignore_index, spec)
     validation.compare(spec.shard, weight.shape[0], *args, **of_all_ranks)
     checks.check_label_range(labels, spec.vocabulary(weight.shape[0]), ignore_index)
-    with _outside_autocast(hidden):
+    with outside_autocast(hidden):
         head = Head(hidden, weight, bias, product, budget, spec.shard)
         return chunks.row_loss(implementation(spec), head, labels, class_weight, ignore_index, spec)
 
@@ -90,7 +90,7 @@ def linear_loss_with_gradient(
     args = (labels, product, class_weight, ignore_index, spec)
     validation.compare(spec.shard, weight.shape[0], *args, gradient_in_forward=True, **of_all_ranks)
     checks.check_label_range(labels, spec.vocabulary(weight.shape[0]), ignore_index)
-    with _outside_autocast(hidden):
+    with outside_autocast(hidden):
         head = Head(hidden, weight, bias, product, budget, spec.shard)
         loss, rows, gradients = chunks.loss_with_gradient(
             implementation(spec), head, labels, row_scale, class_weight, ignore_index, spec, wanted
@@ -134,7 +134,7 @@ def linear_gradient(
 ) -> Tuple[Tensor, Tensor, Tensor]:
     """Gradients by hidden, weight and bias for an upstream `dloss` [N]; makes the logits anew."""
     spec = decode(code, numbers)
-    with _outside_autocast(hidden):
+    with outside_autocast(hidden):
         head = Head(hidden, weight, bias, product, budget, spec.shard)
         return chunks.gradient(implementation(spec), head, labels, class_weight, rows, dloss, spec, wanted)
 
@@ -171,7 +171,7 @@ def _(hidden, weight, bias, labels, wanted, product, budget, ignore_index, code,
     return (*vectors, _results(hidden, product)[1])
 
 
-def _gradient(hidden: Tensor, *args: Any) -> Any:
+def gradient(hidden: Tensor, *args: Any) -> Any:
     """`linear_gradient`; by the operator where somebody watches, or where its own backward has to raise."""
     tensors = (x for x in args if isinstance(x, Tensor))
     if torch.is_grad_enabled() or watched(hidden, *tensors):
@@ -179,7 +179,7 @@ def _gradient(hidden: Tensor, *args: Any) -> Any:
     return linear_gradient._init_fn(hidden, *args)
 
 
-def _given(gradients: Any, wanted: List[bool], inputs: int) -> Any:
+def given(gradients: Any, wanted: List[bool], inputs: int) -> Any:
     """What autograd expects of a backward: a gradient or None for each of the operator's `inputs`."""
     made = (gradient if want else None for gradient, want in zip(gradients, wanted, strict=True))
     return (*made, *[None] * (inputs - 3))
@@ -193,10 +193,10 @@ def _setup_row_loss(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _row_loss_backward(ctx: Any, dloss: Tensor, _: Any) -> Any:
     args = (dloss, ctx.wanted, ctx.product, ctx.budget, ctx.code, ctx.numbers)
-    return _given(_gradient(*ctx.saved_tensors, *args), ctx.wanted, 11)
+    return given(gradient(*ctx.saved_tensors, *args), ctx.wanted, 11)
 
 
-def _setup_with_gradient(ctx: Any, inputs: Any, output: Any) -> None:
+def setup_with_gradient(ctx: Any, inputs: Any, output: Any) -> None:
     *tensors, ctx.wanted, ctx.product, ctx.budget, _, ctx.code, ctx.numbers = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
@@ -205,7 +205,7 @@ def _setup_with_gradient(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.kept, ctx.gradients = output[1][Field.KEPT], output[2:]
 
 
-def _with_gradient_backward(ctx: Any, dtotal: Optional[Tensor], *_: Any) -> Any:
+def with_gradient_backward(ctx: Any, dtotal: Optional[Tensor], *_: Any) -> Any:
     if dtotal is None:
         return (None,) * 12
     # Handing out the only reference lets autograd keep the tensors as .grad without a copy.
@@ -215,19 +215,19 @@ def _with_gradient_backward(ctx: Any, dtotal: Optional[Tensor], *_: Any) -> Any:
         scaled = [gradient * dtotal for gradient in gradients]
         if ctx.wanted[0]:
             scaled[0] = scaled[0].where(ctx.kept.unsqueeze(1) != 0, 0.0)
-        return _given(scaled, ctx.wanted, 12)
+        return given(scaled, ctx.wanted, 12)
     if gradients is None or torch.is_grad_enabled():
         # Given away by an earlier backward; or with create_graph=True, which `linear_gradient` refuses.
         hidden, weight, bias, labels, row_scale, class_weight, rows = ctx.saved_tensors
         dloss = (dtotal * row_scale).to(rows.dtype)
         args = (rows, dloss, ctx.wanted, ctx.product, ctx.budget, ctx.code, ctx.numbers)
-        gradients = _gradient(hidden, weight, bias, labels, class_weight, *args)
-        return _given(gradients, ctx.wanted, 12)
+        gradients = gradient(hidden, weight, bias, labels, class_weight, *args)
+        return given(gradients, ctx.wanted, 12)
     backend = implementation(decode(ctx.code, ctx.numbers))
     scale_(gradients[0], dtotal, backend, ctx.kept)
     scale_(gradients[1], dtotal, backend)
     scale_(gradients[2], dtotal, backend)
-    return _given(gradients, ctx.wanted, 12)
+    return given(gradients, ctx.wanted, 12)
 
 
 def scale_(gradient: Tensor, upstream: Tensor, backend: Backend, kept: Optional[Tensor] = None) -> None:
@@ -255,14 +255,14 @@ def _statistics_backward(ctx: Any, *upstream: Any) -> Any:
     rows = gradient_fields(rows, d_logp, d_lse, d_collision, d_entropy, d_max_prob, spec.temperature)
     code, numbers = replace(spec, objective=objectives.of_statistics(d_max_prob is not None)).encode()
     args = (rows, torch.ones_like(rows[0]), ctx.wanted, ctx.product, ctx.budget, code, numbers)
-    return _given(_gradient(hidden, weight, bias, labels, None, *args), ctx.wanted, 10)
+    return given(gradient(hidden, weight, bias, labels, None, *args), ctx.wanted, 10)
 
 
 linear_row_loss.register_autograd(_row_loss_backward, setup_context=_setup_row_loss)
-linear_loss_with_gradient.register_autograd(_with_gradient_backward, setup_context=_setup_with_gradient)
+linear_loss_with_gradient.register_autograd(with_gradient_backward, setup_context=setup_with_gradient)
 linear_statistics.register_autograd(_statistics_backward, setup_context=_setup_statistics)
 linear_gradient.register_autograd(no_double_backward, setup_context=save_nothing)
 
 row_loss = function_of(linear_row_loss, _setup_row_loss, _row_loss_backward)
-loss_with_gradient = function_of(linear_loss_with_gradient, _setup_with_gradient, _with_gradient_backward)
+loss_with_gradient = function_of(linear_loss_with_gradient, setup_with_gradient, with_gradient_backward)
 statistics = function_of(linear_statistics, _setup_statistics, _statistics_backward)

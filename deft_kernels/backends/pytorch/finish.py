@@ -98,6 +98,39 @@ def gradient_fields(
     return pack(fields)
 
 
+def reweighted(
+    spec: Spec,
+    rows: Tensor,
+    loss: Tensor,
+    weights: Tensor,
+    target_weight: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(loss, rows) of w (-logp), from those of -logp: `weights` w [N] are held constant.
+
+    target_weight: w_y of each row's class, with class weights. What smoothing and z-loss add is not weighted.
+    """
+    fields = unpack(rows)
+    logp, temperature = fields[Field.LOGP], spec.temperature
+    share = torch.full_like(logp, 1.0 - spec.label_smoothing)
+    if target_weight is not None:
+        share = share * target_weight.to(share.dtype)
+    g = share * weights
+    scaled_sum, expm1 = fields[Field.SUM] * temperature, torch.expm1(logp) / temperature
+    # A target of probability 0 and weight 0: the limit of p ln p.
+    found = -g * logp.where(g != 0, 0.0)
+    a, target = g / scaled_sum, g * expm1
+    if spec.label_smoothing > 0 or spec.z_loss > 0:
+        found = found + (loss + share * logp)
+        a = a + (fields[Field.A] - share / scaled_sum)
+        target = target + (fields[Field.TARGET] - share * expm1)
+    # Of a label out of range the loss is NaN, and so is its row's gradient.
+    unknown = logp.isnan()
+    fields[Field.A], fields[Field.TARGET] = a.masked_fill(unknown, math.nan), target
+    fields[Field.ALPHA], fields[Field.GATE] = torch.zeros_like(logp), weights
+    kept = fields[Field.KEPT] != 0
+    return _settle(fields, found, kept, kept), pack(fields)
+
+
 def _shown(d_logp: Tensor, logp: Tensor) -> Tensor:
     """NaN where logp is: of a label out of range the loss is NaN, and so is its row's gradient, though a gate
     of 1 or one made of the entropy does not depend on the label."""

@@ -20,6 +20,7 @@ from ...core.settings import (
 )
 from ...core.statistics import RowLoss
 from ...objectives import Objective
+from ...weighted import Weighted
 from .running import RunningStatistics
 
 
@@ -35,7 +36,7 @@ class HiddenKeywords(TrainerKeywords, OfChunks, OfClassWeight, total=False):
     """The keywords of a trainer's call over its model's hidden states."""
 
 
-def described(objective: str | Objective | RowLoss) -> Objective | RowLoss:
+def described(objective: str | Objective | Weighted | RowLoss) -> Objective | Weighted | RowLoss:
     """The objective, its name resolved, so that a wrong one raises where it was written."""
     return inputs.described(objective)
 

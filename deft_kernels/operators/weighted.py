@@ -1,0 +1,215 @@
+"""Losses whose rows are weighted by a function of their own statistics (`deft_kernels.weighted`).
+
+The statistics are those of -logp, which every backend makes; from them come the weights, in Python, and then
+the rows' losses and the coefficients of their gradients, on vectors of [N]: no backend knows of weights.
+"""
+
+# Annotations as in `logits`.
+from typing import Any, List, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from ..backends import implementation
+from ..backends.pytorch.finish import reweighted
+from ..core import checks, validation
+from ..core.reduction import Weighting, class_weights
+from ..core.spec import Spec, decode
+from ..core.statistics import Field, statistics_record
+from ..weighted import Weighted
+from . import chunks, functions, hidden
+from .eager import function_of, watched
+from .logits import gradient_of_rows, gradient_storage
+
+
+def weights_of(
+    objective: Weighted,
+    rows: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    vocabulary: int,
+    which: slice | Tensor | None = None,
+) -> Tensor:
+    """[N], from the packed rows of -logp with all statistics; which: of all rows, those that these are."""
+    stats = statistics_record(rows.detach(), labels.shape, vocabulary)._replace(alpha=None, gate=None)
+    return objective.of(stats, labels != ignore_index, which)
+
+
+def _reweighted(
+    spec: Spec, rows: Tensor, loss: Tensor, weights: Tensor, labels: Tensor, class_weight: Optional[Tensor]
+) -> Tuple[Tensor, Tensor]:
+    of_target = None if class_weight is None else class_weights(class_weight, labels, rows.dtype)
+    return reweighted(spec, rows, loss, weights, of_target)
+
+
+@torch.library.custom_op("deft_kernels::weighted_row_loss", mutates_args=())
+def weighted_row_loss(
+    logits: Tensor,
+    labels: Tensor,
+    class_weight: Optional[Tensor],
+    rows: Tensor,
+    loss: Tensor,
+    weights: Tensor,
+    code: str,
+    numbers: List[float],
+) -> Tuple[Tensor, Tensor]:
+    """(loss [N], rows) of w (-logp), from those of -logp, which have to be those of these logits."""
+    return _reweighted(decode(code, numbers), rows, loss, weights, labels, class_weight)
+
+
+@weighted_row_loss.register_fake
+def _(logits, labels, class_weight, rows, loss, weights, code, numbers):
+    return torch.empty_like(loss), torch.empty_like(rows)
+
+
+def _setup_row_loss(ctx: Any, inputs: Any, output: Any) -> None:
+    logits, labels, class_weight, _, _, _, ctx.code, ctx.numbers = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(logits, labels, class_weight, output[1])
+
+
+def _row_loss_backward(ctx: Any, dloss: Tensor, _: Any) -> Any:
+    logits, labels, class_weight, rows = ctx.saved_tensors
+    spec = decode(ctx.code, ctx.numbers)
+    return gradient_of_rows(logits, labels, class_weight, rows, dloss, spec), *[None] * 7
+
+
+@torch.library.custom_op("deft_kernels::linear_weighted_row_loss", mutates_args=())
+def linear_weighted_row_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],
+    labels: Tensor,
+    class_weight: Optional[Tensor],
+    rows: Tensor,
+    loss: Tensor,
+    weights: Tensor,
+    wanted: List[bool],
+    product: torch.dtype,
+    budget: int,
+    code: str,
+    numbers: List[float],
+) -> Tuple[Tensor, Tensor]:
+    """`weighted_row_loss` of the logits that the head makes."""
+    return _reweighted(decode(code, numbers), rows, loss, weights, labels, class_weight)
+
+
+@linear_weighted_row_loss.register_fake
+def _(
+    hidden, weight, bias, labels, class_weight, rows, loss, weights, wanted, product, budget, code, numbers
+):  # fmt: skip
+    return torch.empty_like(loss), torch.empty_like(rows)
+
+
+def _setup_linear(ctx: Any, inputs: Any, output: Any) -> None:
+    *tensors, _, _, _, ctx.wanted, ctx.product, ctx.budget, ctx.code, ctx.numbers = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _linear_backward(ctx: Any, dloss: Tensor, _: Any) -> Any:
+    args = (dloss, ctx.wanted, ctx.product, ctx.budget, ctx.code, ctx.numbers)
+    return hidden.given(hidden.gradient(*ctx.saved_tensors, *args), ctx.wanted, 13)
+
+
+weighted_row_loss.register_autograd(_row_loss_backward, setup_context=_setup_row_loss)
+linear_weighted_row_loss.register_autograd(_linear_backward, setup_context=_setup_linear)
+row_loss = function_of(weighted_row_loss, _setup_row_loss, _row_loss_backward)
+linear_row_loss = function_of(linear_weighted_row_loss, _setup_linear, _linear_backward)
+
+
+class LossWithGradient(torch.autograd.Function):
+    """The weighted total and its gradient by the logits, made in the forward; for plain eager calls."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        labels: Tensor,
+        row_scale: Tensor,
+        class_weight: Tensor | None,
+        rows: Tensor,
+        loss: Tensor,
+        weights: Tensor,
+        spec: Spec,
+    ) -> tuple[Tensor, Tensor]:
+        loss, rows = _reweighted(spec, rows, loss, weights, labels, class_weight)
+        dlogits = gradient_storage(logits, spec)
+        implementation(spec).gradient(logits, labels, class_weight, rows, row_scale, spec, dlogits)
+        functions.keep(ctx, logits, labels, row_scale, class_weight, rows, dlogits, spec)
+        return implementation(spec).weighted_total(loss, row_scale, rows), rows
+
+    @staticmethod
+    def backward(ctx: Any, dtotal: Tensor | None, _: Any) -> Any:
+        return functions.kept_gradient(ctx, dtotal), *[None] * 7
+
+
+class LinearLossWithGradient(torch.autograd.Function):
+    """The weighted total and its gradients by hidden, weight and bias with three products, as
+    `hidden.linear_loss_with_gradient`, whose backward it has; for plain eager calls."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        row_scale: Tensor,
+        class_weight: Tensor | None,
+        objective: Weighted,
+        wanted: list[bool],
+        product: torch.dtype,
+        budget: int,
+        ignore_index: int,
+        spec: Spec,
+    ) -> tuple[Tensor, ...]:
+        backend, vocabulary = implementation(spec), spec.vocabulary(weight.shape[0])
+        of_all_ranks: Any = {"hidden": states, "budget": budget, "wanted": wanted[0], "row_scale": row_scale}
+        args = (labels, product, class_weight, ignore_index, spec)
+        validation.compare(spec.shard, weight.shape[0], *args, gradient_in_forward=True, **of_all_ranks)
+        checks.check_label_range(labels, vocabulary, ignore_index)
+
+        def of_rows(rows: Tensor, loss: Tensor, own: Tensor, which: slice | Tensor) -> tuple[Tensor, Tensor]:
+            weights = weights_of(objective, rows, own, ignore_index, vocabulary, which)
+            return _reweighted(spec, rows, loss, weights, own, class_weight)
+
+        with hidden.outside_autocast(states):
+            head = chunks.Head(states, weight, bias, product, budget, spec.shard)
+            loss, rows, gradients = chunks.reweighted_loss_with_gradient(
+                backend, head, labels, row_scale, class_weight, ignore_index, spec, wanted, of_rows
+            )
+            output = (backend.weighted_total(loss, row_scale, rows), rows, *gradients)
+        inputs = (states, weight, bias, labels, row_scale, class_weight)
+        settings = (wanted, product, budget, ignore_index, *spec.encode())
+        hidden.setup_with_gradient(ctx, (*inputs, *settings), output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, dtotal: Tensor | None, *_: Any) -> Any:
+        return hidden.with_gradient_backward(ctx, dtotal)
+
+
+def loss(
+    objective: Weighted,
+    logits: Tensor,
+    labels: Tensor,
+    weighting: Weighting,
+    ignore_index: int,
+    spec: Spec,
+    *,
+    in_forward: bool,
+) -> tuple[Tensor, Tensor]:
+    """(loss, rows); the loss [N] for "none". spec: of -logp, with all statistics."""
+    vocabulary, classes = spec.vocabulary(logits.shape[-1]), weighting.class_weight
+    with torch.no_grad():
+        plain, rows = functions.row_loss(logits.detach(), labels, classes, ignore_index, spec)
+    weights = weights_of(objective, rows, labels, ignore_index, vocabulary)
+    if in_forward and torch.is_grad_enabled() and logits.requires_grad:
+        if watched(logits, labels):
+            raise ValueError("grad_in_forward: not available for objectives.weighted where a call is traced")
+        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        scale = weighting.row_scale(labels != ignore_index, labels, dtype)
+        return LossWithGradient.apply(logits, labels, scale, classes, rows, plain, weights, spec)
+    losses, rows = row_loss(logits, labels, classes, rows, plain, weights, *spec.encode())
+    return weighting.reduce(losses, rows[Field.KEPT] != 0, labels), rows

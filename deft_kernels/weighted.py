@@ -1,0 +1,113 @@
+"""Objectives that weigh -logp by a function of the row's own statistics: `objectives.weighted`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .core import checks
+from .core.statistics import RowStatistics, with_stand_ins
+
+
+@dataclass(frozen=True, eq=False)
+class Weighted:
+    """loss = w (-logp) with w = function(statistics, **inputs) held constant; made by `objectives.weighted`.
+
+    name: for display.  inputs: tensors of the labels' shape, which the function gets for the rows it sees.
+    """
+
+    name: str
+    function: Callable[..., Tensor]
+    inputs: Mapping[str, Tensor]
+
+    def check_inputs(self, labels: Tensor) -> None:
+        for name, value in self.inputs.items():
+            if value.shape != labels.shape:
+                raise ValueError(
+                    f"{name}: expected the labels' shape {tuple(labels.shape)}, got {tuple(value.shape)}"
+                )
+            if value.device != labels.device:
+                raise ValueError(f"{name}: is on {value.device}, the labels are on {labels.device}")
+
+    def of(self, stats: RowStatistics, valid: Tensor, rows: slice | Tensor | None = None) -> Tensor:
+        """The weights of rows whose statistics are flat, [N], 1 where a row is not `valid`.
+
+        rows: which of all rows these are; None for all of them.
+        """
+        stats = with_stand_ins(stats, valid)
+        inputs = {name: value.detach().reshape(-1) for name, value in self.inputs.items()}
+        if rows is not None:
+            inputs = {name: value[rows] for name, value in inputs.items()}
+        # What stands at an ignored row is padding, which the function is not to meet.
+        safe = {
+            name: value.where(valid, torch.ones((), dtype=value.dtype, device=value.device))
+            for name, value in inputs.items()
+        }
+        given = [x for x in (*stats, *safe.values()) if x is not None]
+        # A trace would have to know the counters.
+        traced = torch.compiler.is_compiling()
+        before = [] if traced else [x._version for x in given]
+        weights = self.function(stats, **safe)
+        if not isinstance(weights, Tensor) or weights.shape != stats.logp.shape:
+            got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+            raise ValueError(
+                f"objective: {self.name}'s function must return one weight a row, shape "
+                f"{tuple(stats.logp.shape)}, got {got}"
+            )
+        if weights.requires_grad:
+            raise ValueError(
+                f"objective: {self.name}'s weights require a gradient, but are held constant: detach, or "
+                "pass a function of RowStatistics that returns the loss"
+            )
+        if not traced and [x._version for x in given] != before:
+            raise ValueError(f"objective: {self.name}'s function changes its arguments in place")
+        return weights.to(stats.logp.dtype).where(valid, 1.0)
+
+
+def weighted(function: Callable[..., Tensor], *, name: str = "weighted", **row_inputs: Tensor) -> Weighted:
+    """loss = w (-logp), gate w = function(r, **row_inputs), which is held constant.
+
+    Unlike a function of differentiable statistics it needs no autograd over rows: every mode of the calls is
+    available, and the linear call makes its gradients with three matrix products instead of four.
+
+    function: takes `RowStatistics` r, detached, alpha and gate None, and the row inputs; returns one weight a
+        row. It sees rows as a vector, in the linear call a chunk of them at a time: it may not mix rows. In
+        place of an ignored row it sees one with probabilities 1/2, 1/4, 1/4, and row inputs of 1.
+    row_inputs: tensors of the labels' shape (a reference model's logp, a weight of the data set). Like
+        `token_weight`, the entry at t goes with the logits at t, whose label is labels[..., t + n] with
+        shift=n.
+    Statistics of a call show the weight as gate, and 0 as alpha.
+    Raises: TypeError, ValueError for a function that cannot be called, inputs that are no tensors; in the
+        call for inputs of another shape, weights of another shape, weights that require a gradient.
+
+        entropic = objectives.weighted(lambda r: (1 + r.entropy))
+        loss = deft_loss(logits, labels, objective=entropic)
+    """
+    if not callable(function):
+        raise TypeError(f"function: expected a function of RowStatistics, got {checks.kind_of(function)}")
+    for key, value in row_inputs.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{key}: expected a Tensor of the labels' shape, got {checks.kind_of(value)}")
+        if value.is_complex():
+            raise TypeError(f"{key}: expected a real dtype, got {value.dtype}")
+    return Weighted(name, function, dict(row_inputs))
+
+
+def chord() -> Weighted:
+    """loss = phi (-logp), phi = p (1 - p) held constant: nothing for what is known or hopeless.
+
+    Source: the token weight of CHORD, arXiv:2508.11408.
+    """
+    return weighted(lambda r: r.logp.exp() * -torch.expm1(r.logp), name="chord")
+
+
+def mile(gamma: float = 1.0) -> Weighted:
+    """loss = (1 + H)^gamma (-logp), H the row's Shannon entropy in nats, held constant.
+
+    Source: MiLe Loss, arXiv:2310.19531.
+    """
+    gamma = checks.number("gamma", gamma, 0.0)
+    return weighted(lambda r: (1.0 + r.entropy) ** gamma, name="mile")
