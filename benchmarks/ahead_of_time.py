@@ -154,7 +154,7 @@ def source(variant: Variant) -> tuple[ASTSource, dict[str, Any]]:
         else:
             signature[name] = declare(name, index)
     compiled = ASTSource(kernel, signature=signature, constexprs=constexprs, attrs=attributes)
-    chosen = variants.compiled_to_reduce if variant.kernel.startswith("statistics") else variants.compiled
+    chosen = variants.compiler_of_reductions if variant.kernel.startswith("statistics") else variants.compiler
     return compiled, {"num_warps": 1 if variant.kernel in ("combine", "finish") else plan.num_warps, **chosen}
 
 

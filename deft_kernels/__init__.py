@@ -1,6 +1,6 @@
 """Fused, gated token losses for fine-tuning language models: one call, `deft_loss(logits, labels)`."""
 
-from . import objectives, reference
+from . import objectives, parallel, reference
 from .core.groups import VocabShard
 from .core.statistics import RowStatistics
 from .functional import deft_loss, row_statistics
@@ -22,6 +22,7 @@ __all__ = [
     "fused_linear_row_statistics",
     "gated_loss",
     "objectives",
+    "parallel",
     "reference",
     "row_statistics",
 ]

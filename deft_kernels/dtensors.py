@@ -13,6 +13,7 @@ from torch import Tensor
 from .core import checks
 from .core.agreement import validating
 from .core.groups import VocabShard, total
+from .core.inputs import ahead
 from .core.reduction import class_weights
 from .core.settings import Request
 from .core.statistics import RowStatistics
@@ -234,7 +235,7 @@ def _count_all_rows(layout: _Layout, logits: Any, labels: Tensor, request: Reque
     ignore_index, size, weight = request.ignore_index, logits.shape[-1], request.class_weight
     counted = labels.long()
     if request.shift:
-        counted = torch.nn.functional.pad(counted[..., 1:], (0, 1), value=ignore_index)
+        counted = ahead(counted, request.shift, ignore_index)
     valid = counted != ignore_index
     wrong = ((counted < 0) | (counted >= size)) & valid
     visible = labels.device.type == "cpu" or validating()

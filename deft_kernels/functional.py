@@ -79,8 +79,10 @@ def deft_loss(
         weight: [V], per class, as in `nn.CrossEntropyLoss`; z-loss is not weighted.
         num_items: replaces the mean's denominator (gradient accumulation); a number or one-element tensor,
             which may be 0 where no row counts.
-        shift: align causal labels: position t is scored against labels[..., t + 1]. Pads the labels, never
-            slices the logits; the last position counts for nothing.
+        shift: align causal labels: position t is scored against labels[..., t + 1], or with an integer n
+            against labels[..., t + n], for a head that predicts n ahead. Pads the labels, never slices the
+            logits; the last positions count for nothing. Where ranks have pieces of a sequence:
+            `parallel.shifted_labels`.
         logit_scale, softcap, temperature: positive; act on the logits, in this order, before everything else.
             The gradient is by the logits given. Folded into one another, so the scale costs nothing.
         z_loss, label_smoothing: factors, see above. Under torch.compile these numbers and the objective's are
@@ -198,7 +200,7 @@ def _loss_of_function(
     request: Request,
 ) -> Loss:
     """Of an objective that is a function of differentiable statistics; `flat` labels are shifted already."""
-    stats = statistics_of_logits(logits, flat.reshape(shape), request._replace(shift=False))
+    stats = statistics_of_logits(logits, flat.reshape(shape), request._replace(shift=0))
     valid = flat != request.ignore_index
     rows = own_rows(objective, stats, weighting.class_weight, flat, valid, request.z_loss)
     loss = weighting.reduce(rows, valid, flat)

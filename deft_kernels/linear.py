@@ -25,7 +25,9 @@ from .core.validation import in_step
 from .dtensors import is_dtensor, refuse_dtensors, whole
 from .functional import Loss, loss_of_logits, statistics_of_logits
 from .objectives import Objective
+from .operators import functions
 from .operators import hidden as hidden_operators
+from .operators.eager import watched
 
 
 @overload
@@ -232,14 +234,19 @@ class _Call:
         """(loss, rows); the loss [N] for "none"."""
         classes = weighting.class_weight
         if self._in_forward(spec, weighting):
-            dtype = torch.float64 if self.product == torch.float64 else torch.float32
-            scale = weighting.row_scale(self.labels != self.ignore_index, self.labels, dtype)
-            args = (*self.inputs, self.labels, scale, classes, *self._settings(spec))
+            args = (*self.inputs, self.labels, self._scale(weighting), classes, *self._settings(spec))
             loss, rows, *_ = hidden_operators.loss_with_gradient(*args)
             return loss, rows
         args = (*self.inputs, self.labels, classes, *self._settings(spec))
         loss, rows = hidden_operators.row_loss(*args)
         return weighting.reduce(loss, rows[Field.KEPT] != 0, self.labels), rows
+
+    def _scale(self, weighting: Weighting) -> Tensor:
+        """d loss / d row of a mean or a sum, [N]."""
+        if self.backend == "triton" and weighting.counts_rows and not watched(self.labels):
+            return functions.mean_scale(self.labels, self.ignore_index)
+        dtype = torch.float64 if self.product == torch.float64 else torch.float32
+        return weighting.row_scale(self.labels != self.ignore_index, self.labels, dtype)
 
     def _in_forward(self, spec: Spec, weighting: Weighting) -> bool:
         if not any(self.wanted) or self.product == torch.float16:

@@ -18,7 +18,16 @@ from deft_kernels import (
     row_statistics,
 )
 from deft_kernels.core import keywords
-from deft_kernels.core.settings import LossOfHidden, LossOfLogits, OfRows, RowsOfHidden
+from deft_kernels.core.settings import (
+    LossOfHidden,
+    LossOfLogits,
+    OfBatch,
+    OfCaller,
+    OfObjective,
+    OfRows,
+    RowsOfHidden,
+)
+from deft_kernels.integrations._shared.settings import HiddenKeywords, LogitsKeywords
 
 N, D, V = 4, 5, 7
 LOGITS, HIDDEN, HEAD = torch.randn(N, V), torch.randn(N, D), torch.randn(V, D)
@@ -126,6 +135,14 @@ def test_each_name_stands_for_one_thing_and_for_something_that_exists():
 def test_signatures_are_those_that_were_written():
     assert list(inspect.signature(deft_loss).parameters)[:3] == ["logits", "labels", "objective"]
     assert deft_loss.__name__ == "deft_loss" and "arXiv:2602.11424" in deft_loss.__doc__
+
+
+@pytest.mark.parametrize(
+    ("trainers", "whole"), [(LogitsKeywords, LossOfLogits), (HiddenKeywords, LossOfHidden)]
+)
+def test_a_trainer_takes_every_keyword_that_is_left_to_the_user(trainers, whole):
+    decided = [name for table in (OfObjective, OfBatch, OfCaller) for name in table.__annotations__]
+    assert trainers.__annotations__.keys() == whole.__annotations__.keys() - set(decided)
 
 
 @pytest.mark.parametrize("call", TABLES)

@@ -502,7 +502,7 @@ def test_autocast_leaves_float64_alone(device):
         ({"softcap": 0.0}, ValueError, "softcap"),
         ({"chunk_bytes": 0}, ValueError, "chunk_bytes"),
         ({"chunk_bytes": 1e6}, TypeError, "chunk_bytes"),
-        ({"shift": 1}, TypeError, "shift"),
+        ({"shift": 1.0}, TypeError, "shift"),
         ({"return_stats": None}, TypeError, "return_stats"),
         ({"backend": "cuda"}, ValueError, "backend"),
         ({"objective": focal, "label_smoothing": 0.1}, ValueError, "label_smoothing"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import assert_type
 
 from deft_kernels import (
@@ -21,6 +21,7 @@ from deft_kernels import (
     objectives,
     row_statistics,
 )
+from deft_kernels.integrations import liger, megatron, nemo, transformers, trl
 
 WRONG: Literal["men"] = "men"
 
@@ -50,3 +51,26 @@ def refused(logits: Tensor, hidden: Tensor, head: Tensor, labels: Tensor) -> Non
     row_statistics(logits, labels, z_loss=1e-4)  # type: ignore[call-arg]
     DEFTLoss(z_los=1e-4)  # type: ignore[call-arg]
     FusedLinearDEFTLoss(weight=head)  # type: ignore[call-arg]
+
+
+def accepted_by_trainers(model: nn.Module, trainer: object, classes: Tensor) -> None:
+    transformers.ComputeLoss("eaft", shift=False, weight=classes, temperature=0.9, grad_in_forward=True)
+    transformers.set_loss_function(model, lambda r: -r.logp, inplace=True, shift=False)
+    transformers.patch_model(model, objectives.tsallis(0.5), class_weight=classes, chunk_bytes=2**20)
+    transformers.apply(trainer, log_statistics=False, z_loss=1e-4, shift=False)
+    trl.apply(trainer, label_smoothing=0.1)
+    liger.install(model=model, chunk_bytes=2**20, backend="torch")
+    megatron.install("eaft", z_loss=1e-4, inplace=True)
+    nemo.DEFTLoss("eaft", reduction="mean", label_smoothing=0.1)
+
+
+def refused_by_trainers(model: nn.Module, trainer: object, classes: Tensor) -> None:
+    transformers.ComputeLoss(z_los=1e-4)  # type: ignore[call-arg]
+    transformers.ForCausalLM(reduction="sum")  # type: ignore[call-arg]
+    transformers.set_loss_function(model, class_weight=classes)  # type: ignore[call-arg]
+    transformers.patch_model(model, weight=classes)  # type: ignore[call-arg]
+    transformers.apply(trainer, temperature="1")  # type: ignore[arg-type]
+    trl.apply(trainer, num_items=3)  # type: ignore[call-arg]
+    liger.install(z_loss=1e-4)  # type: ignore[call-arg]
+    megatron.install(label_smoothing=0.1)  # type: ignore[call-arg]
+    nemo.DEFTLoss(weight=classes)  # type: ignore[call-arg]

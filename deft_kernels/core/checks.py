@@ -181,6 +181,18 @@ def flag(name: str, value: Any) -> bool:
     return value
 
 
+def positions(name: str, value: Any) -> Any:
+    """`value`, a bool or an int, as a number of positions; one that torch.compile made symbolic stays so."""
+    if isinstance(value, bool):
+        return int(value)
+    if not isinstance(value, (numbers.Integral, torch.SymInt)):
+        raise TypeError(f"{name}: expected True, False or a number of positions, got {kind_of(value)}")
+    count: Any = value if isinstance(value, torch.SymInt) else int(value)
+    if not count >= 0:
+        raise ValueError(f"{name}: expected a number of positions that is not negative, got {count}")
+    return count
+
+
 def real(name: str, value: Any) -> Any:
     """`value`, NumPy's numbers too, as an int or float; one that torch.compile made symbolic stays so."""
     if isinstance(value, (int, float, torch.SymInt)) and not isinstance(value, bool):

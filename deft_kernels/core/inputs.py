@@ -46,8 +46,16 @@ def described(objective: Any) -> Objective | RowLoss:
     return objective
 
 
-def aligned(labels: Tensor, shift: bool, ignore_index: int) -> Tensor:
-    """Flat int64 labels; with `shift`, position t gets the label of t + 1 and the last one ignore_index."""
+def ahead(labels: Tensor, shift: int, ignore_index: int) -> Tensor:
+    """labels[..., t + shift] at t, ignore_index where there is none."""
+    positions = labels.shape[-1]
+    if positions == 0:
+        return labels
+    return torch.nn.functional.pad(labels[..., shift:], (0, min(shift, positions)), value=ignore_index)
+
+
+def aligned(labels: Tensor, shift: int, ignore_index: int) -> Tensor:
+    """Flat int64 labels; position t gets the label of t + shift, and the last ones ignore_index."""
     checks.check_ignorable(labels, ignore_index)
     labels = labels.long()
     if not shift and labels.dim() == 1 and labels.is_contiguous():
@@ -55,8 +63,7 @@ def aligned(labels: Tensor, shift: bool, ignore_index: int) -> Tensor:
     if shift:
         if labels.dim() == 0:
             raise ValueError("shift: needs labels with a time dimension, got a scalar")
-        if labels.shape[-1] > 0:
-            labels = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
+        labels = ahead(labels, shift, ignore_index)
     # The kernels step through labels one by one: a strided vector would be read wrong.
     return labels.reshape(-1).contiguous()
 

@@ -39,28 +39,51 @@ class OfBatch(TypedDict, total=False):
     num_items: Annotated[Tensor | float | None, None]
 
 
-class OfRows(TypedDict, total=False):
-    """The keywords of `row_statistics`, which every call has."""
+class OfCaller(TypedDict, total=False):
+    """What the trainer, its model or its ranks decide, where a trainer makes the call."""
 
     ignore_index: Annotated[int, -100]
-    shift: Annotated[bool, False]
+    shift: Annotated[bool | int, False]
     logit_scale: Annotated[float, 1.0]
     softcap: Annotated[float | None, None]
-    temperature: Annotated[float, 1.0]
     group: Annotated["ProcessGroup | VocabShard | None", None]
+
+
+class OfUser(TypedDict, total=False):
+    """What the user decides, whoever makes the call: every trainer that passes keywords on has these."""
+
+    temperature: Annotated[float, 1.0]
     backend: Annotated[str, "auto"]
 
 
-class OfLoss(OfObjective, OfRows, total=False):
+class OfRows(OfCaller, OfUser, total=False):
+    """The keywords of `row_statistics`, which every call has."""
+
+
+class OfZLoss(TypedDict, total=False):
     z_loss: Annotated[float, 0.0]
+
+
+class OfSmoothing(TypedDict, total=False):
     label_smoothing: Annotated[float, 0.0]
 
 
-class OfLogits(OfLoss, total=False):
-    """The keywords of `DEFTLoss`."""
+class OfLoss(OfObjective, OfRows, OfZLoss, OfSmoothing, total=False):
+    """What is trained, and of which rows."""
 
+
+class OfBuffer(TypedDict, total=False):
     inplace: Annotated[bool, False]
+
+
+class OfGradient(OfBuffer, total=False):
+    """How the gradient by the logits is made."""
+
     grad_in_forward: Annotated[bool | None, None]
+
+
+class OfLogits(OfLoss, OfGradient, total=False):
+    """The keywords of `DEFTLoss`."""
 
 
 class OfChunks(TypedDict, total=False):
@@ -75,16 +98,22 @@ class RowsOfHidden(OfRows, OfChunks, total=False):
     """The keywords of `fused_linear_row_statistics`."""
 
 
-class LossOfLogits(OfLogits, OfBatch, total=False):
-    """The keywords of `deft_loss`."""
-
+class OfWeight(TypedDict, total=False):
     weight: Annotated[Tensor | None, None]
 
 
-class LossOfHidden(OfHidden, OfBatch, total=False):
-    """The keywords of `fused_linear_deft_loss`."""
+class OfClassWeight(TypedDict, total=False):
+    """`weight`, in calls whose `weight` is the head's."""
 
     class_weight: Annotated[Tensor | None, None]
+
+
+class LossOfLogits(OfLogits, OfBatch, OfWeight, total=False):
+    """The keywords of `deft_loss`."""
+
+
+class LossOfHidden(OfHidden, OfBatch, OfClassWeight, total=False):
+    """The keywords of `fused_linear_deft_loss`."""
 
 
 DEFAULTS = {
@@ -96,6 +125,7 @@ class Request(NamedTuple):
     """What a call asks for, its keywords checked as far as they can be without its tensors.
 
     objective: a description, or a function of RowStatistics.  class_weight: `weight` in calls over logits.
+    shift: positions between a logit and its label, 0 where they are aligned already.
     softcap, temperature: z = softcap tanh(logits / softcap) / temperature, `logit_scale` folded in; a softcap
     of 0 is none.
     """
@@ -106,7 +136,7 @@ class Request(NamedTuple):
     token_weight: Tensor | None
     class_weight: Tensor | None
     num_items: Tensor | float | None
-    shift: bool
+    shift: int
     softcap: float
     temperature: float
     z_loss: float
@@ -169,7 +199,7 @@ def checked(keywords: Mapping[str, Any], return_stats: bool = False) -> Request:
         given["token_weight"],
         given["weight"] if given["class_weight"] is None else given["class_weight"],
         checks.number_of_items(given["num_items"], reduction),
-        checks.flag("shift", given["shift"]),
+        checks.positions("shift", given["shift"]),
         # Both divided by the scale, so that no kernel multiplies by it.
         0.0 if cap is None else checks.number("softcap", cap, 0.0, above=True) / scale,
         checks.number("temperature", given["temperature"], 0.0, above=True) / scale,

@@ -7,8 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
+from ..core.keywords import showing
 from ..core.reduction import class_weights
+from ..core.settings import OfChunks, OfUser
 from ..core.statistics import RowLoss
 from ..linear import fused_linear_deft_loss
 from ..objectives import Objective
@@ -18,18 +21,22 @@ from ._shared.settings import checked, described, recorder
 from ._shared.watch import Watch
 
 NAME = "liger_fused_linear_cross_entropy"
-KEYWORDS = ("temperature", "chunk_bytes", "backend")
 
 _original: Any = None
 _watches: list[Watch] = []
 
 
+class Keywords(OfUser, OfChunks, total=False):
+    """Liger's caller gives the others itself: class weights, z-loss, smoothing and softcap."""
+
+
+@showing(Keywords)
 def install(
     objective: str | Objective | RowLoss = "deft",
     *,
     model: Any = None,
     statistics: RunningStatistics | None = None,
-    **keywords: Any,
+    **keywords: Unpack[Keywords],
 ) -> None:
     """Replace `liger_kernel.transformers.functional.liger_fused_linear_cross_entropy`, until `uninstall()`.
 
@@ -54,7 +61,7 @@ def install(
     if _original is not None:
         raise RuntimeError("liger: a gated loss is installed already; call uninstall() first")
     objective, statistics = described(objective), recorder(statistics)
-    keywords = checked("liger.install", KEYWORDS, keywords)
+    settings = checked("liger.install", Keywords, keywords)
     original = getattr(functional, NAME)
     unknown = set(inspect.signature(original).parameters) - set(
         inspect.signature(_Replacement.__call__).parameters
@@ -68,7 +75,7 @@ def install(
         model = bare
         watch = Watch(heads.innermost(bare, "liger.install"), "liger.install")
         _watches.append(watch)
-    replacement = _Replacement(objective, statistics, model, watch, keywords)
+    replacement = _Replacement(objective, statistics, model, watch, settings)
     setattr(functional, NAME, replacement)
     _original = original
 

@@ -9,19 +9,29 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from ..core.groups import VocabShard
+from ..core.keywords import showing
+from ..core.settings import OfBuffer, OfUser, OfZLoss
 from ..functional import deft_loss
 from ..objectives import Objective, resolve
 from ._shared.settings import checked
-
-KEYWORDS = ("temperature", "z_loss", "inplace", "backend")
 
 _originals: dict[str, Any] = {}
 _made = threading.Event()  # set when a gated loss was made, cleared when a schedule has asked
 
 
-def install(objective: str | Objective = "deft", **keywords: Any) -> None:
+class Keywords(OfUser, OfZLoss, OfBuffer, total=False):
+    """Fewer than other trainers pass on.
+
+    label_smoothing comes from Megatron's caller. Its mask makes the mean of the rows' losses: no gradient can
+    be made in the forward, and the mean would not divide by the sum of a `weight`.
+    """
+
+
+@showing(Keywords)
+def install(objective: str | Objective = "deft", **keywords: Unpack[Keywords]) -> None:
     """Replace `tensor_parallel.vocab_parallel_cross_entropy` and its native fused twin, until `uninstall()`.
 
     `LanguageModule.compute_language_model_loss`, of which GPTModel and the other models are, looks both up at
@@ -47,7 +57,7 @@ def install(objective: str | Objective = "deft", **keywords: Any) -> None:
             f"objective: {described.name} takes a mean over the valid tokens, and Megatron masks after the "
             "loss; give cayley its mean_prob"
         )
-    settings = {"objective": described, **checked("megatron.install", KEYWORDS, keywords)}
+    settings = {"objective": described, **checked("megatron.install", Keywords, keywords)}
 
     def vocab_parallel_cross_entropy(
         vocab_parallel_logits: Tensor, target: Tensor, label_smoothing: float = 0.0

@@ -6,14 +6,19 @@ from typing import Any
 
 from nemo_automodel.components.loss.masked_ce import MaskedCrossEntropy
 from torch import Tensor
+from typing_extensions import Unpack
 
+from ..core.keywords import showing
+from ..core.settings import OfGradient
 from ..core.statistics import RowLoss
 from ..dtensors import is_dtensor
 from ..functional import deft_loss
 from ..objectives import Objective
-from ._shared.settings import checked, described
+from ._shared.settings import TrainerKeywords, checked, described
 
-KEYWORDS = ("temperature", "z_loss", "label_smoothing", "inplace", "backend")
+
+class Keywords(TrainerKeywords, OfGradient, total=False):
+    """Not weight, which YAML cannot hold, and by whose sum the recipes would not divide."""
 
 
 class DEFTLoss(MaskedCrossEntropy):  # type: ignore[misc]  # NeMo is untyped for mypy
@@ -23,18 +28,20 @@ class DEFTLoss(MaskedCrossEntropy):  # type: ignore[misc]  # NeMo is untyped for
     in front of a model whose forward takes no logits_to_keep.
 
     Args: objective: as in `deft_loss`, its name in YAML; ignore_index, reduction ("sum", "mean", "none"):
-        as `MaskedCrossEntropy`; temperature, z_loss, label_smoothing, inplace, backend: as in `deft_loss`.
+        as `MaskedCrossEntropy`; temperature, z_loss, label_smoothing, inplace, grad_in_forward,
+        backend: as in `deft_loss`.
     Shape: logits [B, T, V], labels [B, T], shifted already; a scalar, or [B, T] with reduction="none".
     Raises: ValueError for num_label_tokens or loss_weights without reduction="sum"; for an objective that
         takes a mean over the batch, of which a call sees a micro-batch.
     """
 
+    @showing(Keywords)
     def __init__(
         self,
         objective: str | Objective | RowLoss = "deft",
         ignore_index: int = -100,
         reduction: str = "sum",
-        **keywords: Any,
+        **keywords: Unpack[Keywords],
     ):
         super().__init__(fp32_upcast=False, ignore_index=ignore_index, reduction=reduction)
         self.objective = described(objective)
@@ -43,7 +50,7 @@ class DEFTLoss(MaskedCrossEntropy):  # type: ignore[misc]  # NeMo is untyped for
                 f"objective: {self.objective.name} takes a mean over the batch, and the recipes' loss sees a "
                 "micro-batch of it; give cayley its mean_prob"
             )
-        self.keywords = checked("DEFTLoss", KEYWORDS, keywords)
+        self.keywords = checked("DEFTLoss", Keywords, keywords)
 
     def forward(
         self,

@@ -11,12 +11,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from typing_extensions import Unpack
+
+from ..core.keywords import showing
 from ..core.statistics import RowLoss
 from ..objectives import Objective
 from ._shared.checks import check_labels, check_trainer
 from ._shared.logits import ComputeLoss, ForCausalLM, compute_loss_func, for_causal_lm
 from ._shared.patching import patch_model, set_loss_function, unpatch_model
 from ._shared.running import RunningStatistics
+from ._shared.settings import LogitsKeywords
 
 __all__ = [
     "ComputeLoss",
@@ -31,18 +35,20 @@ __all__ = [
 ]
 
 
+@showing(LogitsKeywords)
 def apply(
     trainer: Any,
     objective: str | Objective | RowLoss = "deft",
     *,
     log_statistics: bool = True,
-    **keywords: Any,
+    shift: bool = True,
+    **keywords: Unpack[LogitsKeywords],
 ) -> RunningStatistics:
     """Give a `Trainer` the gated loss as its compute_loss_func, check its settings, and log the statistics.
 
-    Args: trainer: a transformers `Trainer` (for TRL's use `integrations.trl.apply`); objective and keywords
-        as in `ComputeLoss`; log_statistics: add a `StatisticsCallback`, else a `ProofCallback`, so that a
-        trainer whose own compute_loss goes past the loss raises either way.
+    Args: trainer: a transformers `Trainer` (for TRL's use `integrations.trl.apply`); objective, shift and
+        keywords as in `ComputeLoss`; log_statistics: add a `StatisticsCallback`, else a `ProofCallback`, so
+        that a trainer whose own compute_loss goes past the loss raises either way.
     Returns: the loss's `RunningStatistics`, those that are logged.
     Raises: ValueError for settings that would be ignored: a compute_loss_func of its own,
         label_smoothing_factor, Liger's fused flag, context parallelism, several ranks without
@@ -52,7 +58,7 @@ def apply(
     from .callback import ProofCallback, StatisticsCallback
 
     statistics = RunningStatistics()
-    loss = ComputeLoss(objective, statistics=statistics, **keywords)
+    loss = ComputeLoss(objective, statistics=statistics, shift=shift, **keywords)
     if type(trainer).__module__.startswith("trl."):
         raise ValueError("trainer: is TRL's; use deft_kernels.integrations.trl.apply(trainer)")
     if not hasattr(trainer, "compute_loss_func"):

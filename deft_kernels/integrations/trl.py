@@ -13,26 +13,32 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from ..backends.pytorch.objectives import evaluate, outside_band
 from ..core.groups import batch_mean
+from ..core.keywords import showing
 from ..core.statistics import Field, RowStatistics
 from ..gated import gated_loss
 from ..objectives import Objective, resolve
+from ._shared.caller import Argument
 from ._shared.checks import check_trainer, refuse_label_smoothing
 from ._shared.logits import ComputeLoss
 from ._shared.patching import RECORD
 from ._shared.running import RunningStatistics
+from ._shared.settings import LogitsKeywords
 
 FUSED_OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "is_top1")
 
 
+@showing(LogitsKeywords)
 def apply(
     trainer: Any,
     objective: str | Objective = "deft",
     *,
     log_statistics: bool = True,
-    **keywords: Any,
+    shift: bool = True,
+    **keywords: Unpack[LogitsKeywords],
 ) -> RunningStatistics:
     """Give an `SFTTrainer` the gated loss, between its construction and train(); its own metrics stay.
 
@@ -44,17 +50,17 @@ def apply(
         objective: a name or an `Objective`. With the fused head: none that needs max p, that is a function of
             `RowStatistics`, or that differentiates through sum p^2.
         log_statistics: add a `StatisticsCallback`, else a `ProofCallback`.
-        keywords: as in `transformers.ComputeLoss`, before TRL 1.15; the fused head has none.
+        shift, keywords: as in `transformers.ComputeLoss`, before TRL 1.15; the fused head has none.
     Returns: the `RunningStatistics` that are logged.
     Raises: TypeError for another trainer; ValueError for loss_type "dft" or "chunked_nll",
         label_smoothing_factor, a compute_loss_func, Liger's fused flag, DeepSpeed sequence parallelism, and
         objectives that the fused head has no statistics for; each with what to do.
     """
-    import trl
+    from trl.trainer.sft_trainer import SFTTrainer
 
     from .callback import ProofCallback, StatisticsCallback
 
-    if not isinstance(trainer, trl.SFTTrainer):
+    if not isinstance(trainer, SFTTrainer):
         raise TypeError(f"trainer: expected an SFTTrainer, got {type(trainer).__name__}")
     loss_type = getattr(trainer.args, "loss_type", "nll")
     if loss_type != "nll":
@@ -66,9 +72,9 @@ def apply(
     refuse_label_smoothing(trainer.args)
     statistics = RunningStatistics()
     if _has_fused_head():
-        _rewrite(trainer, objective, statistics, keywords)
+        _rewrite(trainer, objective, statistics, [*keywords, *([] if shift else ["shift"])])
     else:
-        loss = ComputeLoss(objective, statistics=statistics, **keywords)
+        loss = ComputeLoss(objective, statistics=statistics, shift=shift, **keywords)
         check_trainer(trainer)
         trainer.compute_loss_func = loss
     callback = StatisticsCallback(statistics) if log_statistics else ProofCallback(statistics.calls)
@@ -83,14 +89,15 @@ def _has_fused_head() -> bool:
     return Version(trl.__version__) >= Version("1.15")
 
 
-def _rewrite(trainer: Any, objective: Any, statistics: RunningStatistics, keywords: dict[str, Any]) -> None:
+def _rewrite(trainer: Any, objective: Any, statistics: RunningStatistics, asked: list[str]) -> None:
+    from trl.trainer.sft_trainer import SFTTrainer
     from trl.trainer.utils import add_fused_lm_head
 
     if trainer.compute_loss_func is not None:
         raise ValueError(
             "compute_loss_func: runs the backbone twice in TRL >= 1.15; leave it out, apply replaces it"
         )
-    for name in keywords:
+    for name in asked:
         raise TypeError(
             f"{name}: not a setting of TRL's fused head; use a transformers Trainer with patch_model(model)"
         )
@@ -100,6 +107,7 @@ def _rewrite(trainer: Any, objective: Any, statistics: RunningStatistics, keywor
             "parallelism_config: under DeepSpeed sequence parallelism TRL trains the model's own plain loss; "
             "use context parallelism, or a transformers Trainer with patch_model(model)"
         )
+    num_items = Argument(SFTTrainer.compute_loss, "num_items_in_batch")
     rewritten = _GatedLogProbs(objective, statistics)
     model = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
     if RECORD in vars(model):
@@ -108,29 +116,25 @@ def _rewrite(trainer: Any, objective: Any, statistics: RunningStatistics, keywor
     fused = model.forward
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        outputs = fused(*args, **kwargs)
-        if kwargs.get("fused_lm_head") and self.training and torch.is_grad_enabled():
-            return getattr(self, RECORD)(outputs)
-        return outputs
+        if not (kwargs.get("fused_lm_head") and self.training and torch.is_grad_enabled()):
+            return fused(*args, **kwargs)
+        # Asked before the model runs: a compiled forward breaks here, and is one graph from here on.
+        own_mean = _without_num_items(num_items)
+        return getattr(self, RECORD)(fused(*args, **kwargs), own_mean)
 
     forward.__signature__ = inspect.signature(fused)  # type: ignore[attr-defined]
     setattr(model, RECORD, rewritten)
     model.forward = types.MethodType(forward, model)
 
 
-def _without_num_items() -> bool:
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # what calls a compiled forward has a frame
+def _without_num_items(num_items: Argument) -> bool:
     """Whether the SFTTrainer that runs this forward was given no number of items to divide by.
 
-    A compute_loss of the user's own may have dropped it; only the trainer's frame tells.
+    A compute_loss of the user's own may have dropped it. One that does not come to SFTTrainer's divides by
+    what it likes, which is its own affair.
     """
-    import trl
-
-    if torch.compiler.is_compiling():
-        return False
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_code is not trl.SFTTrainer.compute_loss.__code__:
-        frame = frame.f_back
-    return frame is not None and frame.f_locals.get("num_items_in_batch") is None
+    return num_items.value(otherwise=0) is None
 
 
 class _GatedLogProbs:
@@ -146,13 +150,13 @@ class _GatedLogProbs:
                 "objective: TRL's sum p^2 carries no gradient, so detach=False cannot be honoured"
             )
 
-    def __call__(self, outputs: Any) -> Any:
+    def __call__(self, outputs: Any, own_mean: bool) -> Any:
         logp, mask = outputs.log_probs, outputs.label_mask
         rows = gated_loss(
             logp, outputs.log_sum_sq_probs, entropy=outputs.entropy, objective=self.objective, valid=mask
         )
         self._record(logp.detach(), outputs)
-        self.statistics.calls.note(rows, own_mean=_without_num_items())
+        self.statistics.calls.note(rows, own_mean=own_mean)
         # The model's own loss is left out: what is not there cannot be trained by mistake.
         return type(outputs)(**{**outputs, "log_probs": -rows, "loss": None})
 

@@ -95,7 +95,7 @@ class MeanLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dmean: Tensor, _: Any) -> Any:
         logits, labels, rows, scale = ctx.saved_tensors
-        dloss = (dmean * scale[:1]).expand(len(labels))
+        dloss = (dmean * scale[:1]).expand(labels.shape[0])
         return gradient_of_rows(logits, labels, None, rows, dloss, ctx.spec), None, None, None
 
 

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 from tiny import llama
 
 from deft_kernels import objectives
-from deft_kernels.integrations.transformers import ComputeLoss, ForCausalLM, patch_model, set_loss_function
+from deft_kernels.core.settings import DEFAULTS
+from deft_kernels.integrations import liger, megatron, trl
+from deft_kernels.integrations._shared.settings import HiddenKeywords, LogitsKeywords
+from deft_kernels.integrations.transformers import (
+    ComputeLoss,
+    ForCausalLM,
+    apply,
+    patch_model,
+    set_loss_function,
+)
 
 HOOKS = {
     "ComputeLoss": lambda *o, **k: ComputeLoss(*o, **k),
@@ -32,3 +43,19 @@ def test_the_error_says_which_is_meant(hook):
 def test_an_objective_that_was_not_called(hook):
     with pytest.raises(TypeError, match=r"^objective: .*objectives\.deft\(\.\.\.\)"):
         HOOKS[hook](objectives.deft)
+
+
+@pytest.mark.parametrize(
+    ("call", "table"),
+    [
+        *((call, LogitsKeywords) for call in (ComputeLoss, ForCausalLM, set_loss_function, apply, trl.apply)),
+        (patch_model, HiddenKeywords),
+        (liger.install, liger.Keywords),
+        (megatron.install, megatron.Keywords),
+    ],
+)
+def test_the_signature_shows_every_keyword_and_its_default(call, table):
+    shown = inspect.signature(call).parameters
+    assert not [p for p in shown.values() if p.kind is p.VAR_KEYWORD]
+    for name in table.__annotations__:
+        assert shown[name].default == DEFAULTS[name] and shown[name].kind is inspect.Parameter.KEYWORD_ONLY

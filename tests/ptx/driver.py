@@ -180,8 +180,11 @@ class Utilities:
         return PROPERTIES
 
     def load_binary(self, name: str, binary: Any, shared: int, device: int) -> tuple[Any, ...]:
-        """(module, function, registers, spills, threads at most); the function is the PTX itself."""
-        return None, binary.decode() if isinstance(binary, bytes) else binary, 0, 0, 1024
+        """(module, function, registers, spills, threads at most); the function is the PTX itself.
+
+        Without a module Triton would load the kernel at every launch.
+        """
+        return self, binary.decode() if isinstance(binary, bytes) else binary, 0, 0, 1024
 
     def unload_module(self, module: Any) -> None:
         pass

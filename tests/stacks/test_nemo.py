@@ -69,6 +69,24 @@ def test_for_nll_every_argument_means_what_it_means_there(reduction, ignore_inde
         torch.testing.assert_close(loss, theirs(logits, labels.clone(), **call))
 
 
+@pytest.mark.parametrize(
+    "gradient", [{}, {"inplace": True}, {"grad_in_forward": True}, {"grad_in_forward": False}]
+)
+def test_keywords_are_those_of_deft_loss(gradient):
+    hidden, weight, labels = data()
+    keywords = {"temperature": 0.7, "z_loss": 0.1, "label_smoothing": 0.2}
+    made = []
+    for loss in (
+        lambda z: DEFTLoss(**keywords, **gradient)(z, labels, num_label_tokens=50),
+        lambda z: deft_loss(z, labels, reduction="sum", **keywords) / 50,
+    ):
+        logits = (hidden @ weight.t()).requires_grad_()
+        value = loss(logits * 1.0)
+        made.append((value, *torch.autograd.grad(value, logits)))
+    for ours, expected in zip(*made, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
 def test_what_cannot_be_honoured_raises():
     hidden, weight, labels = data()
     logits = hidden @ weight.t()
@@ -79,8 +97,9 @@ def test_what_cannot_be_honoured_raises():
     with pytest.raises(ValueError, match="mean_prob"):
         DEFTLoss("cayley")
     DEFTLoss(objectives.cayley(mean_prob=0.3))(logits, labels)
-    with pytest.raises(TypeError, match="fp32_upcast"):
-        DEFTLoss(fp32_upcast=True)
+    for name in ("fp32_upcast", "weight"):
+        with pytest.raises(TypeError, match=f"^{name}: not a keyword of DEFTLoss; .*known: "):
+            DEFTLoss(**{name: True})
 
 
 def test_the_page_names_the_class_and_the_recipes_keep_it():

@@ -51,16 +51,10 @@ def row_loss(
         _finish(call, rows, loss, states, states.shape[1], (states.stride(1), states.stride(0)), ignore_index)
     elif call.count > 0:
         tensors = (logits, labels, call.class_weight, call.weight_total, rows, loss)
-        scalars = (call.count, call.vocabulary, ignore_index)
-        records = (call.strides, call.variants.numbers)
+        scalars = (call.count, call.strides, call.vocabulary, ignore_index, call.variants.numbers)
         static = (call.variants.rows, plan_of(plan, peel(plan.width, (logits, call.strides))))
         kernel_for(statistics_kernel, call.vocabulary)[(call.count,)](
-            *tensors,
-            *scalars,
-            *records,
-            *static,
-            num_warps=plan.num_warps,
-            **call.variants.compiled_to_reduce,
+            *tensors, *scalars, *static, num_warps=plan.num_warps, **call.variants.compiler_of_reductions
         )
     return loss, rows
 
@@ -79,7 +73,7 @@ def row_states(
     joined = torch.zeros(call.count, size, dtype=torch.float32, device=call.device)
     args = (labels, states, joined, splits, ignore_index, call.variants.numbers.k)
     static = (size, _power_of_2(splits), call.variants.states)
-    combine_kernel[(call.count,)](*args, *static, num_warps=1, **call.variants.compiled)
+    combine_kernel[(call.count,)](*args, *static, num_warps=1, **call.variants.compiler)
     return joined
 
 
@@ -116,17 +110,11 @@ def _reduce(
     states = make(call.count, splits, size, dtype=torch.float32, device=call.device)
     if call.count > 0:
         tensors = (call.logits, call.labels, call.class_weight, states)
-        scalars = (call.vocabulary, span, ignore_index)
-        records = (call.strides, call.variants.numbers)
+        scalars = (call.strides, call.vocabulary, span, ignore_index, call.variants.numbers)
         peeled = peel(plan.width, (call.logits, call.strides))
         static = (size, call.variants.slices, plan_of(plan, peeled))
         kernel_for(slice_kernel, call.vocabulary)[(call.count, splits)](
-            *tensors,
-            *scalars,
-            *records,
-            *static,
-            num_warps=plan.num_warps,
-            **call.variants.compiled_to_reduce,
+            *tensors, *scalars, *static, num_warps=plan.num_warps, **call.variants.compiler_of_reductions
         )
     return states
 
@@ -152,11 +140,9 @@ def _finish(
             return
         given = rows if mean_prob is None else mean_prob
         tensors = (call.labels, call.class_weight, call.weight_total, given, rows, loss, states)
-        scalars = (call.count, parts, *strides, call.vocabulary, ignore_index)
+        scalars = (call.count, parts, *strides, call.vocabulary, ignore_index, call.variants.numbers)
         static = (mean_prob is not None, _power_of_2(parts), variant)
-        finish_kernel[(call.count,)](
-            *tensors, *scalars, call.variants.numbers, *static, num_warps=1, **call.variants.compiled
-        )
+        finish_kernel[(call.count,)](*tensors, *scalars, *static, num_warps=1, **call.variants.compiler)
 
     objective = call.spec.objective
     if objective.needs_batch:
@@ -188,11 +174,11 @@ def row_loss_with_gradient(
     out_strides = out_strides_of(out, call.strides.inner)
     peeled = peel(plan.width, (logits, call.strides), (out, out_strides))
     tensors = (logits, labels, call.class_weight, call.weight_total, rows, loss, row_scale, out)
-    scalars = (call.count, row_scale.stride(0), call.vocabulary, ignore_index)
-    records = (call.strides, out_strides, call.variants.numbers)
+    rows_at = (call.count, call.strides, out_strides, row_scale.stride(0))
+    scalars = (call.vocabulary, ignore_index, call.variants.numbers)
     static = (call.variants.rows, plan_of(plan, peeled))
     kernel_for(fused_kernel, call.vocabulary)[(call.count,)](
-        *tensors, *scalars, *records, *static, num_warps=plan.num_warps, **call.variants.compiled
+        *tensors, *rows_at, *scalars, *static, num_warps=plan.num_warps, **call.variants.compiler
     )
     return loss, rows
 
@@ -209,19 +195,20 @@ def mean_scale(labels: Tensor, ignore_index: int) -> Tensor:
 @on_device
 def mean(loss: Tensor, rows: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """(mean of the losses of rows that count, its `mean_scale`), by one launch."""
-    scale, total = torch.empty(2, dtype=torch.float32, device=labels.device).split(1)
+    scale = torch.empty(1, dtype=torch.float32, device=labels.device)
+    total = torch.empty((), dtype=torch.float32, device=labels.device)
     args = (labels, loss, rows[Field.KEPT], scale, total, labels.numel(), ignore_index)
     mean_kernel[(1,)](*args, num_warps=8, **options(mode(), False))
-    return total.reshape(()), scale.expand(labels.numel())
+    return total, scale.expand(labels.numel())
 
 
 @on_device
 def weighted_total(loss: Tensor, row_scale: Tensor, rows: Tensor) -> Tensor:
     """As `operators.weighted_total`."""
-    total = torch.empty(1, dtype=torch.float32, device=loss.device)
+    total = torch.empty((), dtype=torch.float32, device=loss.device)
     args = (loss, rows[Field.KEPT], row_scale, total, loss.numel(), row_scale.stride(0))
     weighted_total_kernel[(1,)](*args, num_warps=8, **options(mode(), False))
-    return total.reshape(())
+    return total
 
 
 @on_device
@@ -249,11 +236,11 @@ def gradient(
     scalar = rows if upstream is None else upstream
     peeled = peel(plan.width, (logits, call.strides), (out, out_strides))
     tensors = (logits, labels, call.class_weight, rows, dloss, scalar, out)
-    scalars = (call.count, dloss.stride(0), call.vocabulary, span)
-    records = (call.strides, out_strides, call.variants.numbers)
+    rows_at = (call.count, call.strides, out_strides, dloss.stride(0))
+    scalars = (call.vocabulary, span, call.variants.numbers)
     static = (upstream is not None, call.variants.gradient, plan_of(plan, peeled))
     gradient_kernel[(programs, -(-call.vocabulary // span))](
-        *tensors, *scalars, *records, *static, num_warps=plan.num_warps, **call.variants.compiled
+        *tensors, *rows_at, *scalars, *static, num_warps=plan.num_warps, **call.variants.compiler
     )
 
 
@@ -285,7 +272,7 @@ def scale(gradient: Tensor, upstream: Tensor, kept: Tensor | None = None) -> Non
     """
     plan = tuning.gradient(gradient.shape[-1], gradient.element_size(), warp())
     rows, vocabulary = gradient.numel() // gradient.shape[-1], gradient.shape[-1]
-    args = (gradient, upstream, upstream if kept is None else kept, rows, vocabulary, strides_of(gradient))
+    args = (gradient, upstream, upstream if kept is None else kept, rows, strides_of(gradient), vocabulary)
     static = (kept is not None, mode(), plan_of(plan))
     scale_kernel[(min(rows, RESCALING * processors(gradient.device)),)](
         *args, *static, num_warps=plan.num_warps, **options(mode(), False)

@@ -61,11 +61,11 @@ def gradient_kernel(
     upstream,  # [1] or unused
     dlogits,  # [N, V], may be the logits
     n_rows,
+    strides,
+    out_strides,
     dloss_stride,
     vocabulary,
     span,  # columns of a program
-    strides,
-    out_strides,
     numbers,
     UPSTREAM: tl.constexpr,
     OPTIONS,
@@ -99,8 +99,8 @@ def scale_kernel(
     upstream,  # [1]
     kept,  # [N] or unused
     n_rows,
-    vocabulary,
     strides,
+    vocabulary,
     KEPT: tl.constexpr,
     MODE: tl.constexpr,
     PLAN,

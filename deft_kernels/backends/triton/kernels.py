@@ -30,9 +30,9 @@ def statistics_kernel(
     rows,  # [len(Field), N] fp32
     loss,  # [N] fp32
     n_rows,
+    strides,
     vocabulary,
     ignore_index,
-    strides,
     numbers,
     OPTIONS,
     PLAN,
@@ -59,10 +59,10 @@ def slice_kernel(
     labels,  # [N] int64
     class_weight,  # [V] or unused
     states,  # [N, splits, SIZE] fp32
+    strides,
     vocabulary,
     span,  # columns of a slice
     ignore_index,
-    strides,
     numbers,
     SIZE: tl.constexpr,
     OPTIONS,
@@ -154,11 +154,11 @@ def fused_kernel(
     row_scale,  # [N] fp32, stride scale_stride
     dlogits,  # [N, V], may be the logits
     n_rows,
+    strides,
+    out_strides,
     scale_stride,
     vocabulary,
     ignore_index,
-    strides,
-    out_strides,
     numbers,
     OPTIONS,
     PLAN,

@@ -89,7 +89,12 @@ THROUGH = {
 
 
 class Variants:
-    """The kernels of a loss: the options of each, and the numbers that they get."""
+    """What the kernels of a loss are told: numbers, compiler options, and the options of each kernel.
+
+    slices: of slice_kernel.  states: combine_kernel.  finish: finish_kernel.  batch: its launch for the
+    statistics alone, before the batch's mean is known.  rows: statistics_kernel and fused_kernel.
+    gradient: gradient_kernel.
+    """
 
     def __init__(self, spec: Spec, vocabulary: int, weighted: bool, mode: str):
         o = spec.objective
@@ -114,7 +119,6 @@ class Variants:
         self.states = static(states)
         self.slices = static(states._replace(softcap=softcap, weighted=weighted))
         self.finish = static(finish)
-        # Without the objective: the statistics alone.
         self.batch = static(finish._replace(focus="fixed", family="none", through="held"))
         self.rows = static(
             finish._replace(
@@ -150,12 +154,12 @@ class Variants:
             smoothing=spec.label_smoothing,
             spread=spec.label_smoothing / vocabulary / spec.temperature,
         )
-        self.compiled = options(mode, wide(spec))
-        self.compiled_to_reduce = options(mode, wide(spec, reduces=True))
+        self.compiler = options(mode, wide(spec))
+        self.compiler_of_reductions = options(mode, wide(spec, reduces=True))
 
 
-# Made once: records made anew take the host longer than a launch, and Triton compares those of a launch with
-# the ones that it has compiled for, which is quick if they are the same objects.
+# Made once: to make the records takes the host longer than a launch. Triton also looks them up among those
+# that it has compiled for, which is quick where they are the same objects.
 variants = lru_cache(maxsize=256)(Variants)
 
 

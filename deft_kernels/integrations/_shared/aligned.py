@@ -22,7 +22,7 @@ def is_aligned(model: Any) -> bool:
     model = _bare(model)
     if is_encoder_decoder(model):
         return True
-    kind = getattr(model, "loss_type", None)
+    kind: Any = getattr(model, "loss_type", None)
     return LOSS_MAPPING.get(kind, ForCausalLMLoss) is not ForCausalLMLoss or _makes_own_loss(model)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from .aligned import is_encoder_decoder, refuse_aligned
+from .caller import calling_trainer
 
 
 def check_trainer(trainer: Any) -> None:
@@ -19,18 +20,24 @@ def check_trainer(trainer: Any) -> None:
 def check_caller(loss: Any, shift: bool) -> None:
     """`check_settings` of the trainer that calls `loss`, if one does.
 
-    A loss that was given to a trainer without `apply` can see the trainer's settings nowhere but in the frame
-    of its caller.
+    For a loss that was given to a trainer without `apply`, which looks beforehand. A trainer compiles its
+    model and no more, so a call that is compiled is none of a trainer's.
     """
-    known = sys._getframe(2).f_locals
-    caller: Any = known.get("self")
-    if getattr(caller, "compute_loss_func", None) is not loss:
+    if torch.compiler.is_compiling():
         return
-    check_settings(caller)
-    check_labels(caller, shift)
-    made = {"decoder_input_ids", "decoder_inputs_embeds"}
-    inputs = known.get("inputs")
-    if isinstance(inputs, Mapping) and is_encoder_decoder(caller.model) and not made & inputs.keys():
+    trainer, batch = calling_trainer(loss)
+    if trainer is None:
+        return
+    check_settings(trainer)
+    check_labels(trainer, shift)
+    if not is_encoder_decoder(trainer.model):
+        return
+    if batch is None:
+        raise RuntimeError(
+            "inputs: this trainer's compute_loss has no batch under this name, so that nothing tells whether "
+            "the model would decode its own input; name it inputs there, as Trainer.compute_loss does"
+        )
+    if not {"decoder_input_ids", "decoder_inputs_embeds"} & batch.keys():
         raise ValueError(
             "decoder_input_ids: not in the batch, and the trainer keeps the labels from the model, which "
             "would decode its own input; use DataCollatorForSeq2Seq(tokenizer, model=model)"

@@ -21,7 +21,8 @@ ROWS, WORDS = 8, 64  # of the probe: enough numbers to tell one factor from any 
 
 def bare(model: Any, call: str) -> Any:
     """The transformers model behind a PEFT wrapper; TypeError for what is neither."""
-    if hasattr(model, "_orig_mod"):
+    dynamo = sys.modules.get("torch._dynamo")  # without which nothing is compiled
+    if dynamo is not None and isinstance(model, dynamo.OptimizedModule):
         raise TypeError(f"model: {call} comes before torch.compile; pass the model that was compiled")
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()

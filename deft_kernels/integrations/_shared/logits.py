@@ -6,27 +6,30 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import Unpack
 
+from ...core.keywords import showing
 from ...core.statistics import RowLoss
 from ...functional import deft_loss
 from ...objectives import Objective
 from .checks import check_caller
 from .proof import Calls
 from .running import RunningStatistics
-from .settings import OF_LOGITS, checked, counted, denominator, described, recorder
+from .settings import LogitsKeywords, checked, counted, denominator, described, recorder
 from .watch import Watch
 
 
 class _OfLogits:
     """`deft_loss` on a model's logits; what is common to the two signatures."""
 
+    @showing(LogitsKeywords)
     def __init__(
         self,
         objective: str | Objective | RowLoss = "deft",
         *,
         statistics: RunningStatistics | None = None,
         shift: bool = True,
-        **keywords: Any,
+        **keywords: Unpack[LogitsKeywords],
     ):
         self.objective = described(objective)
         self.statistics = recorder(statistics)
@@ -34,7 +37,7 @@ class _OfLogits:
         if not isinstance(shift, bool):
             raise TypeError(f"shift: expected a bool, got {type(shift).__name__}")
         self.shift = shift
-        self.keywords = checked(type(self).__name__, OF_LOGITS, keywords)
+        self.keywords = checked(type(self).__name__, LogitsKeywords, keywords)
 
     def _loss(self, logits: Tensor, labels: Tensor, shift: bool, num_items: Any, ignore_index: int) -> Tensor:
         labels = labels.to(logits.device)
@@ -114,7 +117,7 @@ class ForCausalLM(_OfLogits):
         shift_labels: Tensor | None = None,
         **others: Any,
     ) -> Tensor:
-        for name in (*OF_LOGITS, "reduction", "token_weight", "softcap"):
+        for name in (*LogitsKeywords.__annotations__, "reduction", "token_weight", "softcap"):
             if name in others:
                 raise TypeError(
                     f"{name}: give it to ForCausalLM or set_loss_function, not to the model's call"

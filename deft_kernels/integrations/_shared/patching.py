@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
+from ...core.keywords import showing
 from ...core.statistics import RowLoss
 from ...linear import fused_linear_deft_loss
 from ...objectives import Objective
@@ -19,18 +21,20 @@ from .aligned import refuse_aligned
 from .logits import ForCausalLM
 from .proof import Calls
 from .running import RunningStatistics
-from .settings import OF_HIDDEN, checked, counted, denominator, described, recorder
+from .settings import HiddenKeywords, LogitsKeywords, checked, counted, denominator, described, recorder
 from .watch import Watch
 
 RECORD = "_deft_kernels"
 
 
+@showing(LogitsKeywords)
 def set_loss_function(
     model: Any,
     objective: str | Objective | RowLoss = "deft",
     *,
     statistics: RunningStatistics | None = None,
-    **keywords: Any,
+    shift: bool = True,
+    **keywords: Unpack[LogitsKeywords],
 ) -> None:
     """model.loss_function = ForCausalLM(objective, ...), and an error if a training step goes past it.
 
@@ -42,7 +46,7 @@ def set_loss_function(
         torch.compile in the second step.
     Memory: the model's logits, whole; as `deft_loss`.
     """
-    loss = ForCausalLM(objective, statistics=statistics, **keywords)
+    loss = ForCausalLM(objective, statistics=statistics, shift=shift, **keywords)
     bare = heads.bare(model, "set_loss_function")
     _unpatched(bare)
     if loss.shift:
@@ -60,11 +64,11 @@ def _unpatched(model: Any) -> None:
 class _OfHidden:
     """`fused_linear_deft_loss` on a model's hidden states; what a patched forward needs to know."""
 
-    def __init__(self, model: Any, objective: Any, statistics: Any, keywords: dict[str, Any]):
+    def __init__(self, model: Any, objective: Any, statistics: Any, keywords: HiddenKeywords):
         self.objective = described(objective)
         self.statistics = recorder(statistics)
         self.calls = Calls() if self.statistics is None else self.statistics.calls
-        self.keywords = checked("patch_model", OF_HIDDEN, keywords)
+        self.keywords = checked("patch_model", HiddenKeywords, keywords)
         self.scale, self.softcap = heads.logit_transform(model, "patch_model")
         parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
         self.names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -126,7 +130,14 @@ def _refuse(model: Any, call: dict[str, Any], no_labels: bool) -> None:
             "compute_loss_func and label_smoothing_factor, which take them away (pass label_smoothing= to "
             "patch_model), or call unpatch_model(model)"
         )
-    for name in (*OF_HIDDEN, "weight", "reduction", "token_weight", "softcap", "logit_scale"):
+    for name in (
+        *HiddenKeywords.__annotations__,
+        "weight",
+        "reduction",
+        "token_weight",
+        "softcap",
+        "logit_scale",
+    ):
         if name in call:
             raise TypeError(f"{name}: give it to patch_model, not to the model's call")
     if call.pop("return_dict", None) is False:
@@ -142,12 +153,13 @@ def _refuse(model: Any, call: dict[str, Any], no_labels: bool) -> None:
         )
 
 
+@showing(HiddenKeywords)
 def patch_model(
     model: Any,
     objective: str | Objective | RowLoss = "deft",
     *,
     statistics: RunningStatistics | None = None,
-    **keywords: Any,
+    **keywords: Unpack[HiddenKeywords],
 ) -> None:
     """Make the loss inside the model's forward, from hidden states, without logits.
 

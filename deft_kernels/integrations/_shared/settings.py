@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from ...core import inputs
 from ...core.keywords import meant
-from ...core.settings import LossOfHidden, LossOfLogits
+from ...core.settings import (
+    OfChunks,
+    OfClassWeight,
+    OfGradient,
+    OfSmoothing,
+    OfUser,
+    OfWeight,
+    OfZLoss,
+)
 from ...core.statistics import RowLoss
 from ...objectives import Objective
 from .running import RunningStatistics
 
-# Decided by the trainer's own call, or by the model, whose head scales and caps its logits.
-DECIDED = {"objective", "reduction", "ignore_index", "token_weight", "num_items", "shift", "group"} | {
-    "logit_scale",
-    "softcap",
-}
-# Keywords that a caller may pass on.
-OF_LOGITS = tuple(name for name in LossOfLogits.__annotations__ if name not in DECIDED)
-OF_HIDDEN = tuple(name for name in LossOfHidden.__annotations__ if name not in DECIDED)
+
+class TrainerKeywords(OfUser, OfZLoss, OfSmoothing, total=False):
+    """What a trainer leaves to the user: all but the objective, the batch and what `OfCaller` holds."""
+
+
+class LogitsKeywords(TrainerKeywords, OfGradient, OfWeight, total=False):
+    """The keywords of a trainer's call over its model's logits."""
+
+
+class HiddenKeywords(TrainerKeywords, OfChunks, OfClassWeight, total=False):
+    """The keywords of a trainer's call over its model's hidden states."""
 
 
 def described(objective: str | Objective | RowLoss) -> Objective | RowLoss:
@@ -28,8 +40,9 @@ def described(objective: str | Objective | RowLoss) -> Objective | RowLoss:
     return inputs.described(objective)
 
 
-def checked(call: str, known: tuple[str, ...], keywords: dict[str, Any]) -> dict[str, Any]:
-    """The keywords, if all are known; TypeError otherwise, as none may be dropped without a word."""
+def checked(call: str, table: Any, keywords: Mapping[str, object]) -> dict[str, Any]:
+    """The keywords, if all are in the table; TypeError otherwise, as none may be dropped without a word."""
+    known = tuple(table.__annotations__)
     for name in keywords:
         if name not in known:
             hint = meant((*known, "objective"), name)
