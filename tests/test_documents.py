@@ -319,3 +319,14 @@ def test_named_files_exist() -> None:
         for name in re.findall(r"(?<![\w/.-])([\w/]+\.py)\b", path.read_text()):
             if name not in OF_OTHERS and "NAME" not in name:
                 assert any(f"/{file}".endswith(f"/{name}") for file in files), f"{path.name}: {name}"
+
+
+def test_names_in_the_steps_exist() -> None:
+    """Where something new goes, by names: each is a word of the package, its tests or its settings."""
+    files = [*(ROOT / "deft_kernels").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
+    words = set(re.findall(r"\w+", " ".join(path.read_text() for path in [*files, ROOT / "setup.cfg"])))
+    steps = text("CONTRIBUTING.md").split("## Where something new goes")[1].split("\n## ")[0]
+    more = text(FOLLOWED).split("## If yours needs more")[1]
+    named = set(re.findall(r"`(?:\w+\.)?(\w+)(?:: [^`]*)?`", steps + more)) - {"py", "md"}
+    assert len(named) > 30
+    assert named <= words, named - words
