@@ -16,7 +16,7 @@ from ..core.spec import Spec
 from . import in_place
 from . import logits as logits_operators
 from .eager import watched
-from .logits import gradient_of_rows, room
+from .logits import gradient_of_rows, gradient_storage
 
 
 def row_loss(
@@ -113,7 +113,7 @@ class LossWithGradient(torch.autograd.Function):
         validation.admit(logits, labels, class_weight, ignore_index, spec, row_scale)
         if spec.inplace and logits.dtype == torch.float16:
             in_place.warn_of_underflow()
-        dlogits = room(logits, spec)
+        dlogits = gradient_storage(logits, spec)
         args = (labels, row_scale, class_weight, ignore_index, spec, dlogits)
         loss, rows = implementation(spec).row_loss_with_gradient(logits, *args)
         ctx.set_materialize_grads(False)

@@ -192,9 +192,8 @@ def _setup_row_loss(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(logits, labels, class_weight, output[1])
 
 
-def room(logits: Tensor, spec: Spec) -> Tensor:
-    """The tensor for the gradient: a new one, or the logits' storage; a later use of the logits then
-    raises."""
+def gradient_storage(logits: Tensor, spec: Spec) -> Tensor:
+    """A new tensor for the gradient, or the logits' storage; a later use of the logits then raises."""
     if not spec.inplace:
         return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     overwritten = logits.detach()  # shares storage and version counter
@@ -207,7 +206,7 @@ def gradient_of_rows(
 ) -> Tensor:
     """The gradient by the logits for an upstream `dloss` [N], with `inplace` in the logits' storage."""
     if not torch.is_grad_enabled() and not watched(logits, dloss):
-        dlogits = room(logits, spec)
+        dlogits = gradient_storage(logits, spec)
         implementation(spec).gradient(logits, labels, class_weight, rows, dloss, spec, dlogits)
         return dlogits
     args = (labels, class_weight, rows, dloss, *spec.encode())

@@ -178,8 +178,7 @@ def gradient(
 
 
 def weighted_total(loss: Tensor, row_scale: Tensor, rows: Tensor) -> Tensor:
-    """sum_i row_scale_i loss_i over the rows that are kept; the scale of other rows, even NaN, does not
-    matter."""
+    """sum_i row_scale_i loss_i over the rows that are kept; the scale of another row may be NaN or inf."""
     return torch.where(rows[Field.KEPT] != 0, loss * row_scale, 0.0).sum()
 
 

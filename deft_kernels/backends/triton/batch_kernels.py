@@ -64,7 +64,7 @@ def weighted_total_kernel(
     n_rows,
     scale_stride,
 ):
-    """sum_i row_scale_i loss_i over the rows that are kept; what a scale holds elsewhere is not met."""
+    """sum_i row_scale_i loss_i over the rows that are kept; the scale of another row may hold NaN or inf."""
     sums = tl.zeros((ROWS,), tl.float32)
     first = 0
     while first < n_rows:

@@ -80,7 +80,7 @@ def slice_kernel(
         columns = columns_of(ptr, class_weight, lead, start, stop, OPTIONS)
         reduced = reduced_row(columns, lead, z_target, numbers, OPTIONS, PLAN)
         to = states + (row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * SIZE
-        # A target elsewhere: the identity of the maximum that finds it.
+        # No column of this part has the label: -inf, which the maximum over the parts does not choose.
         here = (label >= 0) & (label < vocabulary)
         z_target = tl.where(here, z_target, float("-inf"))
         store_state(to, Reduced(reduced.state, z_target, reduced.ties, reduced.predicted), OPTIONS)

@@ -28,7 +28,7 @@ def mode() -> str:
 
 @cache
 def options(mode: str, wide: bool) -> dict[str, Any]:
-    """Compiler options. Contraction of products and sums is said aloud: Triton 3.10 changes its default.
+    """Compiler options. Contraction of products and sums is set explicitly: Triton 3.10 changes its default.
 
     wide: let ptxas take 128 registers, see the function.
     """
@@ -77,7 +77,7 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-# Where the derivative by a focus index goes on to, when the gate is not held constant.
+# The statistic through which the gate is differentiated, where it is not held constant.
 THROUGH = {
     "cayley": "logp",
     "prob": "logp",

@@ -64,7 +64,7 @@ class Options(NamedTuple):
     # Of the objective, see `objectives` and `finish`.
     focus: str = "fixed"
     family: str = "none"
-    through: str = "held"  # where the derivative by the focus index goes on to; held: nowhere
+    through: str = "held"  # the statistic through which the gate is differentiated; held: none
     banded: bool = False
     z_loss: bool = False
     # Of the gradient: its terms in p^2, in p log p, and at the largest logit.
