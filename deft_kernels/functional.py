@@ -81,12 +81,12 @@ def deft_loss(
             which may be 0 where no row counts.
         shift: align causal labels: position t is scored against labels[..., t + 1], or with an integer n
             against labels[..., t + n], for a head that predicts n ahead. Pads the labels and does not slice
-            the logits; the last positions count for nothing. Where ranks have pieces of a sequence:
+            the logits; the last positions do not count. Where ranks have pieces of a sequence:
             `parallel.shifted_labels`.
         logit_scale, softcap, temperature: positive; act on the logits, in this order, before everything else.
             The gradient is by the logits given. The scale is folded into the other two, so it costs nothing.
         z_loss, label_smoothing: factors, see above. Under torch.compile these numbers and the objective's are
-            constants of the graph: each new value compiles anew, and after eight torch runs the call
+            constants of the graph: each new value compiles again, and after eight torch runs the call
             uncompiled. num_items may change from call to call. A NumPy number breaks the graph.
         inplace: the backward overwrites the logits with their gradient; a later use of them in autograd
             raises. Saves one [N, V] tensor.

@@ -83,7 +83,7 @@ def fused_linear_deft_loss(
         hidden: [..., D], fp32, bf16, fp16 or fp64.
         weight: [V, D], the lm_head, of hidden's dtype unless under autocast; a DTensor is gathered, and its
             gradient averaged over the ranks.
-        labels: [...], integer. Rows whose label is `ignore_index` count for nothing.
+        labels: [...], integer. Rows whose label is `ignore_index` do not count.
         bias: [V].
         class_weight: [V], the `weight` of `deft_loss`.
         logit_scale: a positive number that multiplies the logits (Cohere's logit_scale, 1 / Granite's

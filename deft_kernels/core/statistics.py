@@ -80,7 +80,7 @@ class Field(IntEnum):
     OFFSET and SUM are the state of the softmax in the log2 domain: p_j = 2^(k z_j - OFFSET) / SUM with
     k = log2(e) / temperature rounded to the buffer's dtype. OFFSET need only be near the maximum, so that its
     own rounding cancels: unlike lse it costs no precision at |z| = 300. PREDICTED is 1 + the first column
-    with the largest logit, so that 0, which rows that count for nothing hold everywhere, is none. A, B, C,
+    with the largest logit, so that 0 means none: every field of an ignored row is 0. A, B, C,
     PEAK_GRAD and TARGET are the coefficients of the gradient for an upstream of 1 (`coefficients`).
     """
 
