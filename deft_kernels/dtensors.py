@@ -31,13 +31,13 @@ def refuse_dtensors(tensors: dict[str, Any], of: str) -> None:
 
 
 def is_dtensor(tensor: Any) -> bool:
-    """Without importing the class, which takes a good part of a second: who has one has imported it."""
+    """Without importing the class, which takes most of a second: a DTensor exists only after that import."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 class _Layout:
-    """How the logits lie on their mesh: one mesh dimension at most splits the vocabulary, others the rows."""
+    """How the logits lie on their mesh: at most one mesh dimension splits the vocabulary, others the rows."""
 
     def __init__(self, logits: Any):
         from torch.distributed.tensor import Replicate, Shard
@@ -52,7 +52,7 @@ class _Layout:
             raise ValueError(f"logits: the vocabulary is sharded over the mesh dimensions {split}, not one")
         self.batch = [i for i, dim in enumerate(dims) if dim is not None and dim != last]
         self.time_is_split = last - 1 in dims
-        # Of the labels, and of whatever else has one number a row.
+        # Placements and shape of the labels, and of everything else with one number a row.
         self.rows = [p if i in self.batch else Replicate() for i, p in enumerate(logits.placements)]
         self.shape = logits.shape[:-1]
         self.group: VocabShard | None = None
@@ -77,7 +77,7 @@ class _Layout:
         return tensor
 
     def number(self, tensor: Any, name: str) -> Any:
-        """A number of the whole batch, as a plain tensor; each rank's gradient of it is a part."""
+        """A number of the whole batch, as a plain tensor; each rank computes a part of its gradient."""
         from torch.distributed.tensor import DTensor, Partial, Replicate
 
         if not isinstance(tensor, Tensor):
@@ -175,7 +175,7 @@ def _move_version(local: Tensor, logits: Any) -> None:
     held = [logits]
 
     def overwritten(_gradient: Tensor) -> None:
-        if held:  # let go of, as the hook lives as long as the loss
+        if held:  # dropped, as the hook lives as long as the loss
             torch.autograd.graph.increment_version(held.pop())
 
     local.register_hook(overwritten)
@@ -197,7 +197,8 @@ def _record(layout: _Layout, stats: RowStatistics) -> RowStatistics:
 
 
 def _checked(logits: Any, labels: Any, request: Request) -> _Layout:
-    """The logits' layout; raises, before anything is sent, for what all ranks see: shapes are global ones."""
+    """The logits' layout. Raises, before anything is sent, for errors that all ranks see: shapes are
+    global."""
     if request.group is not None:
         raise ValueError("group: the logits are a DTensor, whose mesh says who holds which columns")
     checks.check_logits(logits)
@@ -227,10 +228,11 @@ def _over_all_rows(layout: _Layout, request: Request) -> Any:
 
 
 def _count_all_rows(layout: _Layout, logits: Any, labels: Tensor, request: Request) -> Any:
-    """num_items: the mean's denominator, that of the rows of all ranks; their labels' range an error of all.
+    """num_items: the mean's denominator, over the rows of all ranks. Also checks the labels' range.
 
-    Where the denominator is asked for, the number of wrong labels goes with it. Elsewhere it would be a
-    message of its own, sent under validation only; without it just the rank that sees a wrong label raises.
+    If the ranks exchange the denominator, the number of wrong labels is sent with it, and all ranks raise.
+    Otherwise that would need a message of its own, which is sent with validation only; without it only the
+    rank with the wrong label raises.
     """
     ignore_index, size, weight = request.ignore_index, logits.shape[-1], request.class_weight
     counted = labels.long()
@@ -262,9 +264,9 @@ def _count_all_rows(layout: _Layout, logits: Any, labels: Tensor, request: Reque
 def whole(hidden: Any, weight: Any, bias: Any) -> tuple[Any, Any, Any]:
     """(hidden, weight, bias) with the DTensors among weight and bias gathered.
 
-    Their gradient is averaged over the ranks, as DDP and FSDP do for rows that differ between ranks, unless
-    they are told otherwise, which is not known here; where all ranks hold the same rows, as under tensor
-    parallelism, the average is each rank's own gradient.
+    Their gradient is averaged over the ranks, as DDP and FSDP do by default for ranks with different rows;
+    their settings are not known here. If all ranks have the same rows, as under tensor parallelism, the
+    average is each rank's own gradient.
     Raises: TypeError for a hidden that is a DTensor, as the rows are each rank's own.
     """
     if is_dtensor(hidden):

@@ -68,10 +68,10 @@ def deft_loss(
     Args:
         logits: [..., V], fp32, bf16, fp16 or fp64; any strides. -inf (masked vocabulary) is legal. A DTensor
             gives DTensors back, its rows counting as one batch (docs/parallel.md). The classes are always
-            the last dimension, where `F.cross_entropy` wants [N, C, T]: move them there, movedim(1, -1). With
-            C = T nobody can tell, and the loss is that of other numbers.
-        labels: [...], integer, of a dtype that holds `ignore_index`. Rows whose label it is count for
-            nothing, whatever their logits and their upstream hold.
+            the last dimension, where `F.cross_entropy` wants [N, C, T]: move them there, movedim(1, -1). If C
+            = T this cannot be noticed, and the loss is that of other numbers.
+        labels: [...], integer, of a dtype that holds `ignore_index`. Rows with that label do not count,
+            whatever their logits and their upstream are.
         objective: a name, an `objectives.Objective`, or a function of differentiable `RowStatistics` that
             returns each row's loss (see `row_statistics`). In place of an ignored row the function sees one
             with probabilities 1/2, 1/4, 1/4, so that no parameter of its own gets a NaN from there.
@@ -83,13 +83,13 @@ def deft_loss(
         num_items: replaces the mean's denominator (gradient accumulation); a number or one-element tensor,
             which may be 0 where no row counts.
         shift: align causal labels: position t is scored against labels[..., t + 1], or with an integer n
-            against labels[..., t + n], for a head that predicts n ahead. Pads the labels, never slices the
-            logits; the last positions count for nothing. Where ranks have pieces of a sequence:
+            against labels[..., t + n], for a head that predicts n ahead. Pads the labels and does not slice
+            the logits; the last positions do not count. Where ranks have pieces of a sequence:
             `parallel.shifted_labels`.
         logit_scale, softcap, temperature: positive; act on the logits, in this order, before everything else.
-            The gradient is by the logits given. Folded into one another, so the scale costs nothing.
+            The gradient is by the logits given. The scale is folded into the other two, so it costs nothing.
         z_loss, label_smoothing: factors, see above. Under torch.compile these numbers and the objective's are
-            constants of the graph: each new value compiles anew, and after eight torch runs the call
+            constants of the graph: each new value compiles again, and after eight torch runs the call
             uncompiled. num_items may change from call to call. A NumPy number breaks the graph.
         inplace: the backward overwrites the logits with their gradient; a later use of them in autograd
             raises. Saves one [N, V] tensor.
@@ -168,7 +168,7 @@ def loss_of_logits(logits: Tensor, labels: Tensor, request: Request) -> Loss:
         checks.check_inplace(logits)
     spec = request.spec(objective, chosen, shard, statistics=request.return_stats)
     logits = addressable(logits)
-    # Asked first, as what cannot be honoured raises in evaluation too.
+    # First, so that what cannot be honoured also raises in evaluation.
     forward = in_forward(request.grad_in_forward, spec, weighting, logits)
     if forward and torch.is_grad_enabled() and logits.requires_grad:
         loss, rows = _loss_with_gradient(logits, flat, weighting, ignore_index, spec)
@@ -182,7 +182,7 @@ def loss_of_logits(logits: Tensor, labels: Tensor, request: Request) -> Loss:
 
 
 def _few_launches(logits: Tensor, labels: Tensor, weighting: Weighting, spec: Spec) -> bool:
-    """Whether kernels of the batch stand in for the reductions in PyTorch."""
+    """Whether kernels of the batch replace the reductions in PyTorch."""
     return spec.backend == "triton" and weighting.counts_rows and not watched(logits, labels)
 
 

@@ -1,4 +1,4 @@
-"""`gated_loss`: the row formula alone, for statistics that came from elsewhere."""
+"""`gated_loss`: the row formula alone, for statistics that were computed by other code."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class RowFormula(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> Any:
-        # Not once_differentiable, which speaks up only when dloss itself carries a graph.
+        # Not once_differentiable, which raises only when dloss itself has a graph.
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "gated_loss: the backward is not differentiable a second time (create_graph=True); "
@@ -69,7 +69,7 @@ def gated_loss(
     objective: str | Objective = "deft",
     valid: Tensor | None = None,
 ) -> Tensor:
-    """The row formula alone, for stacks that already have the statistics; no kernel, any device.
+    """The row formula alone, where the statistics exist already; no kernel, any device.
 
         deft:  loss = (1 - p^alpha) / alpha,  alpha = exp(log_collision) = sum p^2,  dloss/dlogp = -p^alpha
 
@@ -119,7 +119,8 @@ def gated_loss(
     mask = torch.ones_like(logp, dtype=torch.bool) if valid is None else valid.bool()
 
     def counted(statistic: Tensor | None) -> Tensor | None:
-        """Zero where a row is not valid: whatever stands there, exp and its derivative are finite."""
+        """Zero where a row is not valid, so that exp and its derivative are finite, whatever the row
+        holds."""
         if statistic is None:
             return None
         return statistic.to(dtype) if valid is None else statistic.to(dtype).where(mask, 0.0)

@@ -74,25 +74,25 @@ def fused_linear_deft_loss(
     return_stats: bool = False,
     **keywords: Unpack[LossOfHidden],
 ) -> Loss:
-    """`deft_loss` of a linear layer's logits, from its input, without ever holding all logits.
+    """`deft_loss` of a linear layer's logits, from the layer's input; all logits never exist at once.
 
         deft_loss(logit_scale * F.linear(hidden, weight, bias), labels, weight=class_weight, ...)
 
-    Rows that count for nothing are left out before the first matrix product; the others go through one buffer
-    of logits, chunk by chunk, and their gradient is written over them there.
+    Rows that do not count are left out before the first matrix product. The others pass through one buffer of
+    logits, chunk by chunk, where each chunk's gradient overwrites its logits.
 
     Args:
         hidden: [..., D], fp32, bf16, fp16 or fp64.
         weight: [V, D], the lm_head, of hidden's dtype unless under autocast; a DTensor is gathered, and its
             gradient averaged over the ranks.
-        labels: [...], integer. Rows whose label is `ignore_index` count for nothing.
+        labels: [...], integer. Rows whose label is `ignore_index` do not count.
         bias: [V].
         class_weight: [V], the `weight` of `deft_loss`.
         logit_scale: a positive number that multiplies the logits (Cohere's logit_scale, 1 / Granite's
             logits_scaling), before softcap and temperature.
-        chunk_bytes: size of the buffer of logits; a chunk holds at least one row. None: 32 MiB on a CPU.
-            Elsewhere one chunk where that takes no more memory than 1 GiB and the fp32 sum of dW that
-            several chunks need; else 1 GiB.
+        chunk_bytes: size of the buffer of logits; a chunk holds at least one row. None: 32 MiB on a CPU. On a
+            GPU one chunk, if that takes no more memory than 1 GiB and the fp32 sum of dW that several chunks
+            need; otherwise 1 GiB.
         group: torch.distributed ranks that split the head: weight is [V_r, D] and bias [V_r], this rank's
             rows of them; hidden is the same on every rank, and so is everything else (see `deft_loss`). Every
             rank's gradient of hidden is the whole one.
@@ -155,12 +155,12 @@ def fused_linear_row_statistics(
     bias: Tensor | None = None,
     **keywords: Unpack[RowsOfHidden],
 ) -> RowStatistics:
-    """`row_statistics` of a linear layer's logits, from its input, without ever holding all logits.
+    """`row_statistics` of a linear layer's logits, from the layer's input; all logits never exist at once.
 
         row_statistics(logit_scale * F.linear(hidden, weight, bias), labels, ...)
 
     Log-probabilities, entropies and the other statistics of every token, differentiable in hidden, weight and
-    bias, as policy gradients and distillation want them:
+    bias, as policy gradients and distillation need them:
 
         r = fused_linear_row_statistics(hidden, head.weight, labels)
         ratio = (r.logp - old_logp).exp()
@@ -176,7 +176,7 @@ def fused_linear_row_statistics(
         With a group: one all-gather of 7 numbers a row for each chunk of the forward, and one all-reduce of
         hidden's gradient.
     Limits: first derivatives only. On a GPU the host waits once for the number of rows that count.
-    Source: docs/mathematics.md; used for in docs/recipes.md.
+    Source: docs/mathematics.md; examples in docs/recipes.md.
     """
     request = checked(keywords)
     call = _Call.of(hidden, weight, bias, labels, request)
@@ -213,7 +213,7 @@ class _Call:
 
     @classmethod
     def of(cls, hidden: Any, weight: Any, bias: Any, labels: Any, request: Request) -> _Call:
-        """Raises for what the arguments and the request cannot be together."""
+        """Raises where the arguments and the request do not fit together."""
         if request.group is not None and (is_dtensor(weight) or is_dtensor(bias)):
             raise ValueError("group: weight and bias are to be this rank's own rows; pass weight.to_local()")
         class_weight, token_weight = request.class_weight, request.token_weight
@@ -258,7 +258,7 @@ class _Call:
     def _in_forward(self, spec: Spec, weighting: Weighting) -> bool:
         if not any(self.wanted) or self.product == torch.float16:
             return False
-        # The extra pass for cayley's mean belongs to the operator here, so its rows wait for nothing.
+        # The operator makes the extra pass for cayley's mean, so the rows wait for nothing here.
         if spec.objective.needs_batch:
             spec = replace(spec, objective=replace(spec.objective, mean_prob=0.0, batch_group=""))
         return in_forward_obstacle(spec, weighting) is None

@@ -1,4 +1,4 @@
-"""`nn.Module` faces of the public calls."""
+"""The public calls as `nn.Module`s."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class DEFTLoss(_Loss):
     Args: the keywords of `deft_loss`; `weight` [V] becomes a buffer, so that it moves with the module, and
         an `objective` that is a module becomes a submodule. token_weight and num_items go with each call.
     Shape: logits [..., V], labels [...]; a scalar, or [...] with reduction="none".
-    Raises: as `deft_loss`; an unknown keyword or objective raises here already.
+    Raises: as `deft_loss`; for an unknown keyword or objective when the module is made.
     """
 
     weight: Tensor | None
@@ -71,7 +71,7 @@ class FusedLinearDEFTLoss(_Loss):
     Args: the keywords of `fused_linear_deft_loss`; `class_weight` [V] becomes a buffer, and an `objective`
         that is a module a submodule. token_weight and num_items go with each call.
     Shape: hidden [..., D], weight [V, D], labels [...], bias [V]; a scalar, or [...] with reduction="none".
-    Raises: as `fused_linear_deft_loss`; an unknown keyword or objective raises here already.
+    Raises: as `fused_linear_deft_loss`; for an unknown keyword or objective when the module is made.
     """
 
     class_weight: Tensor | None

@@ -39,7 +39,7 @@ Focus = Literal[
     "fixed", "collision", "shannon", "max_prob", "cayley", "prob", "entropy", "statistics", "statistics+max"
 ]
 Family = Literal["deformed", "rational", "weighted", "none"]
-# Which focus a family can have; what is not here no formula computes.
+# Which focus a family can have; there is no formula for any other.
 FOCI: dict[Family, tuple[Focus, ...]] = {
     "deformed": ("fixed", "collision", "shannon", "max_prob", "cayley"),
     "rational": ("fixed", "collision"),
@@ -50,9 +50,9 @@ FOCI: dict[Family, tuple[Focus, ...]] = {
 
 @dataclass(frozen=True)
 class Objective:
-    """Description of an objective; build one with the functions of this module.
+    """Description of an objective; make one with the functions of this module.
 
-    name: for display; the rest decides. What a formula would not read has to be left as it is.
+    name: for display; the rest decides. A field that the formula does not read has to keep its default.
     family: how a row's loss follows from (logp, focus): "deformed" is the Tsallis logarithm, "rational" the
         log(x)/(1+(q-1)log(x)) form, "weighted" a weight on -logp.
     focus: where the focus index (or the weight) comes from.
@@ -92,7 +92,7 @@ class Objective:
         moving = self.family == "deformed" and self.focus != "fixed"
         entropy = self.focus == "entropy"
         cayley = self.focus == "cayley"
-        # dft shows its weight's exponent, which is 1.
+        # For dft alpha is the exponent of its weight, 1.
         alpha = 1.0 if self.focus == "prob" else 0.0
         unread = {
             "alpha": self.focus != "fixed" and self.alpha != alpha,
@@ -214,11 +214,12 @@ def cayley(
     With the uncertainty radius r = 1 - p: alpha_local = (1 - r)/(1 + r) = p/(2 - p); floor = mean_prob / 2;
     alpha = floor + (1 - floor) alpha_local, clamped to [0.001, 1].
 
-    mean_prob: mean of p over the rows that are not ignored; None computes it from the batch, which costs no
-        extra read of the logits but makes a row's loss depend on its batch. It is always held constant.
+    mean_prob: mean of p over the rows that are not ignored; None computes it from the batch. That costs no
+        extra read of the logits, but a row's loss then depends on its batch. It is always held constant.
     batch_group: a torch.distributed group (data-parallel ranks) over whose rows the mean is taken, by one
         all-reduce of two numbers in the forward, in which every rank of the group has to take part; None
-        takes the mean over this process's rows. The loss's own mean stays over them: see `num_items`.
+        takes the mean over this process's rows. The loss's own mean is always over this process's rows: see
+        `num_items`.
     detach: False differentiates through alpha_local (the floor stays constant).
     eps: 1e-8 is what the authors' trainer adds: to r, to 1 + r and to alpha.
     Source: arXiv:2602.11424.
@@ -245,7 +246,7 @@ def rational(alpha: float | str = "collision", *, detach: bool = True) -> Object
             raise ValueError(f"alpha: expected a number or 'collision', got {alpha!r}")
         return Objective("rational", "rational", "collision", detach=detach)
     alpha = number("alpha", alpha, 0.0)
-    # At 0 it is -logp, which the deformed logarithm has as a case of its own; here it divides by alpha.
+    # At alpha = 0 it is -logp. The deformed logarithm has that case; this formula divides by alpha.
     return Objective("rational", "rational" if alpha > 0 else "deformed", "fixed", alpha=alpha, detach=detach)
 
 

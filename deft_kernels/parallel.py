@@ -23,10 +23,10 @@ def shifted_labels(
     layout: Literal["contiguous", "zigzag"] = "contiguous",
     ignore_index: int = -100,
 ) -> Tensor:
-    """The labels of a rank's piece of a sequence, shifted over the seams between the pieces.
+    """The labels of a rank's piece of a sequence, shifted across the pieces of all ranks.
 
     Under context parallelism every rank of a group holds a piece of each sequence, and the label of its last
-    position is the first one of another rank. What comes back goes into a loss with shift=False:
+    position is the first one of another rank. Give the result to a loss with shift=False:
 
         labels = shifted_labels(labels, group)
         loss = deft_loss(logits, labels, num_items=count_of_all_ranks)

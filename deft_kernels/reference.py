@@ -1,7 +1,7 @@
 """The oracle: every formula written the slow, obvious way over whole [N, V] tensors, gradients by autograd.
 
 Float64-capable, differentiable as often as PyTorch can, and it shares no code with what it judges: from an
-`Objective` it reads only the fields that say which formula is meant. Not fast, not careful with memory.
+`Objective` it reads only the fields that say which formula is meant. It is slow and uses much memory.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def loss(
     z = transformed(logits, softcap, temperature).reshape(-1, vocabulary)
     valid = labels != ignore_index
     target = labels.masked_fill(~valid, 0)
-    # Ignored rows may hold anything, NaN included; they must not reach the sum or its gradient.
+    # Ignored rows may hold anything, even NaN; they must not reach the sum or its gradient.
     z = z.masked_fill(~valid.unsqueeze(-1), 0.0)
     stats = statistics(z, labels, ignore_index)
     rows, stats["alpha"], stats["gate"] = row_objective(objective, stats, valid)
@@ -151,7 +151,7 @@ def loss(
         rows = rows + z_loss * stats["lse"] ** 2
     rows = torch.where(kept, rows, 0.0)
     if token_weight is not None:
-        # Padding may hold NaN in the token weights as in the logits.
+        # Padding may hold NaN in the token weights, as in the logits.
         rows = rows * torch.where(kept, token_weight.reshape(-1).to(rows.dtype), 0.0)
 
     stats = {name: value.detach().reshape(shape) for name, value in without_ignored(stats, valid).items()}

@@ -44,7 +44,8 @@ class Links:
 
 @dataclass(frozen=True)
 class Layout:
-    """tensor ranks share a head; data and context ranks, alike to the head, have rows of their own."""
+    """tensor ranks share a head; data and context ranks, which are the same to the head, have their own
+    rows."""
 
     tensor: int
     data: int
@@ -93,7 +94,7 @@ def step(layout: Layout, links: Links) -> Step:
         accumulation=accumulation,
         # An all-gather: every rank's part passes every other rank.
         states=_message(chunks, (layout.tensor - 1) * 20 * rows, layout.tensor, links, False),
-        # An all-reduce sends its bytes twice but for its own part.
+        # An all-reduce sends its bytes twice, without the rank's own part.
         hidden=_message(1, 2 * 4 * rows * D, layout.tensor, links, True),
         weight=_message(1, 2 * 2 * columns * D, layout.copies, links, True, layout.tensor),
         memory=memory,

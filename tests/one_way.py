@@ -25,19 +25,17 @@ ORDINARY = "Triton's logarithm tells denormal arguments apart, which the rows of
 LOG = "return tl.where(ordinary, n * LN2 + twice_artanh((m - 1.0) / (m + 1.0)), tl.log(x))"
 # (file, line): reason
 LISTED = {
-    ("device.py", LOG): ORDINARY,
-    ("objectives.py", "weight = tl.exp2(power * tl.log2(entropy * scale))"): ORDINARY,
-    ("row_kernels.py", "if label != ignore_index:"): COUNTED,
-    ("row_kernels.py", "if tl.load(rows + 8 * n_rows + row) != 0.0:"): COUNTED,
-    ("row_kernels.py", "if kept != 0.0:"): COUNTED,
-    ("row_kernels.py", "while row < stop:"): UPSTREAM,
-    ("state.py", "if other < LANES:"): TIES,
-    ("state.py", "while (other < LANES) & (taken >= settled):"): TIES,
-    ("state.py", "while first + 4 * TILE <= last:"): TURNS,
-    ("state.py", "if first < last:"): TURNS,
-    ("state.py", "while first < last:"): TURNS,
-    ("sweep.py", "while first + 2 * TILE <= last:"): TURNS,
-    ("sweep.py", "while first < last:"): TURNS,
+    ("arithmetic.py", LOG): ORDINARY,
+    ("kernels.py", "if label != ignore_index:"): COUNTED,
+    ("kernels.py", "if kept != 0.0:"): COUNTED,
+    ("gradient_kernels.py", "if load_field(saved, row, FIELD.value.kept) != 0.0:"): COUNTED,
+    ("gradient_kernels.py", "while row < stop:"): UPSTREAM,
+    ("predicted.py", "if other < LANES:"): TIES,
+    ("predicted.py", "while (other < LANES) & (taken >= settled):"): TIES,
+    ("predicted.py", "while first < body.stop:"): TIES,
+    ("state.py", "while first < body.stop:"): TURNS,
+    ("gradient.py", "while first + 2 * TILE <= last:"): TURNS,
+    ("gradient.py", "while first < last:"): TURNS,
 }  # fmt: skip
 
 

@@ -96,7 +96,7 @@ def test_nineteen_numbers_a_row() -> None:
     assert len(Field) == 19
 
 
-def test_numbers_that_travel() -> None:
+def test_numbers_that_are_sent() -> None:
     assert "5 fp32 numbers a row" in prose("docs/parallel.md")
     assert state_size(Spec(objectives.deft())) == 5
     assert state_size(Spec(objectives.deft(), label_smoothing=0.1)) == 6

@@ -1,4 +1,5 @@
-"""Where a call is computed: `choice` says by whom; `pytorch` and `triton` do the same steps, a file each."""
+"""Backends compute a call. `choice` picks one; `pytorch` and `triton` have the same steps in files of the
+same names."""
 
 from __future__ import annotations
 

@@ -17,15 +17,16 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on", "yes", "y")
 
 
-# Found without importing it: a CPU user never pays for the import. A constant, so torch.compile folds it.
+# Found without importing Triton, so that on a CPU it is never imported. A constant, so torch.compile folds
+# it.
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def _imported_otherwise() -> str | None:
     """Why Triton as it was imported does not fit TRITON_INTERPRET as it is now; None where it does.
 
-    The variable decides as functions are decorated, Triton's own while it is imported. None as well before
-    that: the import is then still to come.
+    Triton reads the variable when a function is decorated; for its own functions, while it is imported.
+    Before that import there is nothing that could disagree.
     """
     language = sys.modules.get("triton.language")
     if language is None:

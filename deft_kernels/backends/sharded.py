@@ -1,8 +1,8 @@
 """The functions of a backend for logits [..., V_r] that are this rank's columns of a vocabulary of V.
 
-Every rank reduces its columns to states, one all-gather brings them together, and every rank goes on alone to
-the same losses and to the gradient of its own columns: the backward sends nothing. Labels and class weights
-come in for the whole vocabulary; labels have to be the same on all ranks of the group.
+Every rank reduces its columns to states, and one all-gather gives every rank all states. From there each rank
+computes the same losses, and the gradient of its own columns; the backward sends nothing. Labels and class
+weights are given for the whole vocabulary; labels have to be the same on all ranks of the group.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ class Sharded:
         self, logits: Tensor, labels: Tensor, class_weight: Tensor | None, ignore_index: int, spec: Spec
     ) -> tuple[Tensor, Tensor]:
         width = logits.shape[-1]
-        # Ignored rows are not read; under a number of their own, as ignore_index may be a column here.
+        # Ignored rows are not read. They get a number of their own, as ignore_index may be a column's number
+        # here.
         local = self._local(labels, width).where(labels != ignore_index, -1)
-        # Columns that do not fit have moved since they were last asked for, which the message will tell.
+        # Columns that do not fit have changed since the ranks last asked; the all-gather will notice.
         if width == 0 or self.shard.start + width > self.shard.size:
             dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
             states = identity(labels.numel(), spec, logits, dtype)
@@ -102,15 +103,15 @@ class Sharded:
     def _own(
         self, logits: Tensor, labels: Tensor, class_weight: Tensor | None, spec: Spec
     ) -> tuple[Tensor, Tensor | None, Spec]:
-        """What a gradient of these columns is made with."""
+        """(labels, class weights, Spec) for the gradient of these columns."""
         width = logits.shape[-1]
-        # Smoothing spreads over the whole vocabulary, and a backend divides by the columns it sees.
+        # Smoothing is divided by the whole vocabulary, but a backend divides by the columns that it sees.
         smoothing = spec.label_smoothing * width / self.shard.size
         spec = replace(spec, label_smoothing=smoothing, shard=None)
         return self._local(labels, width), self._columns(class_weight, width), spec
 
     def _local(self, labels: Tensor, width: int) -> Tensor:
-        """Labels counted from this rank's first column; `width`, which is none of them, for all others."""
+        """Labels counted from this rank's first column; `width`, which is no column, for all others."""
         own = labels - self.shard.start
         return own.where((own >= 0) & (own < width), width)
 

@@ -4,11 +4,11 @@ With x_j = k z_j - offset, k = log2(e) / temperature, and offset = k max z_j rou
 
     0 peak = max z_j    1 s = sum 2^x_j    2 u = sum 2^(2 x_j)    3 t = sum 2^x_j x_j    4 target = z_y
 
-then, where they are asked for, the sum of w_j z_j (label smoothing), how many columns hold the peak (exact
-gradients through max p), and 1 + the first of these columns (statistics). s, u and t run over all columns but
-one largest, which the peak stands for: a sum that holds its 1 has lost the digits of a confident row. The
-offset follows from the peak and is no part of the state. Of a part without the target z_y is -inf, which is
-also its value in the identity (-inf, 0, 0, 0, -inf).
+Then, if asked for: the sum of w_j z_j (label smoothing), how many columns have the largest logit (exact
+gradients through max p), and 1 + the first of these columns (statistics). The sums s, u and t leave out one
+column with the largest logit, for which the peak stands: its 2^x is about 1, and a sum with that 1 loses the
+digits of a confident row. The offset is computed from the peak, so it is not stored. In a part without the
+target z_y is -inf, as in the identity (-inf, 0, 0, 0, -inf).
 """
 
 from __future__ import annotations

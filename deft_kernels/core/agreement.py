@@ -1,8 +1,8 @@
-"""Whether the ranks of a group agree on what they make together, and an error on all of them if not.
+"""Do the ranks of a group agree on what they compute together? If not, all of them raise.
 
-Every all-gather of states carries one row more, and no message is sent for it: where each rank's columns lie,
-and a checksum of all columns, labels and settings. What makes messages of different sizes (rows, dtypes) it
-cannot tell; `validation` can.
+Every all-gather of states has one extra row, so that no other message is needed: where each rank's columns
+lie, and a checksum of all columns, labels and settings. It cannot tell what makes the messages' sizes differ
+(rows, dtypes); `validation` can.
 
 The checksum adds up: with g a hash of settings, V and a column's index, a rank sends g(end) - g(start) of
 its columns, and the sum over all ranks is g(V) - g(0) exactly where they follow each other from 0 to V and
@@ -22,7 +22,7 @@ from torch import Tensor
 from .groups import Shard, all_gather, group_of, remember
 from .spec import Spec
 
-# The row that goes with the states; as many numbers as the smallest state has.
+# The extra row; as many numbers as the smallest state has.
 START, WIDTH, SIZE, ASKED, CHECKSUM = range(5)  # ASKED: 1 where the place was asked for, not given
 
 
@@ -60,7 +60,7 @@ def _g(terms: tuple[int, ...], column: int) -> int:
 
 
 class Header(NamedTuple):
-    """What goes with a rank's states, and what the checksums of all ranks have to add up to."""
+    """The words of a rank's extra row, and what the checksums of all ranks have to add up to."""
 
     words: tuple[int, ...]
     total: int
@@ -77,7 +77,8 @@ def _header(shard: Shard, width: int, terms: tuple[int, int]) -> Header:
 def _row(header: Header, looks: bool, states: Tensor) -> Tensor:
     """The header as the bits of a row of states, [1, size].
 
-    Of a rank that does not look the checksum alone: a device then fills it in, which a CUDA graph can keep.
+    A rank that does not check on the host sends its checksum alone: a device fills it in, which a CUDA graph
+    can repeat.
     """
     size = states.shape[1]
     integers = torch.int64 if states.dtype == torch.float64 else torch.int32
@@ -99,8 +100,8 @@ def gathered(
 ) -> Tensor:
     """States [N, size] of every rank, [ranks, N, size], by one all-gather; by none for a single rank.
 
-    Raises, where the host can look without waiting, and on all ranks: ValueError for columns that overlap or
-    leave some out, labels or settings that differ; ColumnsMoved. Elsewhere all states become NaN.
+    Raises, where the host can check without waiting, and on all ranks: ValueError for columns that overlap or
+    leave some out, labels or settings that differ; ColumnsMoved. Where it cannot, all states become NaN.
     """
     if shard.ranks == 1 or states.numel() == 0:
         return states.expand(shard.ranks, *states.shape)
@@ -115,15 +116,15 @@ def gathered(
     if looks:
         _check(words.tolist(), header.total, shard, width)
     else:
-        # The sums alone: a state's peak goes through a maximum, which need not keep a NaN.
+        # Only the sums: a maximum is taken of the peaks, which may lose a NaN.
         states[..., 1:4].masked_fill_(words[:, CHECKSUM].sum() != header.total, float("nan"))
     return states
 
 
 def _check(table: list[list[int]], total: int, shard: Shard, width: int) -> None:
     differ = sum(row[CHECKSUM] for row in table) != total
-    # A rank that does not look fills its row with one number. No other does: a start that is V has no columns
-    # behind it, and their checksum is 0.
+    # A rank that does not check fills its row with one number. No other rank does: if its start is V it has
+    # no columns, and their checksum is 0.
     if any(row[START] == row[SIZE] == row[CHECKSUM] for row in table):
         if differ:
             raise ValueError(

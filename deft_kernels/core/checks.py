@@ -25,7 +25,7 @@ def check_floats(tensor: Any, name: str) -> None:
 
 
 def check_dense(tensor: Tensor, name: str) -> None:
-    """Before the first question about a shape, which a nested tensor does not answer."""
+    """Checked before any shape is read, which a nested tensor does not have."""
     if tensor.is_nested:
         raise TypeError(
             f"{name}: expected a dense tensor, got a nested one; for tensors of a jagged layout pass the "
@@ -53,8 +53,9 @@ def check_logits(logits: Any, *, part: bool = False) -> None:
 def check_no_transform(
     tensor: Tensor, name: str = "logits", instead: str = 'backend="reference" has it'
 ) -> None:
-    """Operators have a backward only: no forward-mode tangent, which would be dropped without a word, and
-    none of torch.func's transforms that differentiate, at which torch would fail in words of its own.
+    """Operators have a backward only. A forward-mode tangent would be dropped without an error, and
+    torch.func's transforms that differentiate would fail with an error of torch that does not name the
+    reason.
     """
     if forward_ad.unpack_dual(tensor).tangent is not None:
         raise RuntimeError(f"{name}: forward-mode differentiation is not supported; {instead}")
@@ -74,12 +75,12 @@ def _differentiated(tensor: Tensor) -> bool:
     kinds = [level.key() for level in get_interpreter_stack() or ()]
     if not torch.is_grad_enabled() or TransformType.Grad not in kinds:
         return False
-    # Of a batched tensor inside, requires_grad is False whatever holds outside of vmap.
+    # Inside vmap requires_grad of a batched tensor is False, whatever it is outside.
     return tensor.requires_grad or TransformType.Vmap in kinds
 
 
 class Outline(NamedTuple):
-    """What the checks ask of logits, where there are none."""
+    """What the checks need of logits, where no logits exist."""
 
     shape: tuple[int, ...]
     device: torch.device
@@ -112,7 +113,7 @@ def _same_device(name: str, tensor: Tensor, logits: Tensor | Outline) -> None:
 
 
 def all_count(labels: Tensor, vocabulary: int, ignore_index: int) -> bool:
-    """Whether every label on the host is a class and none is ignored, as far as one look can tell."""
+    """Whether every label on the host is a class and none is ignored, as far as their bounds tell."""
     if labels.numel() == 0:
         return False
     least, most = (bound.item() for bound in labels.aminmax())
@@ -164,7 +165,7 @@ def label(name: str, value: Any) -> Any:
 
 
 def check_ignorable(labels: Tensor, ignore_index: int) -> None:
-    """uint8 makes 156 of -100: rows meant to be ignored would train that class."""
+    """In uint8 -100 is 156: rows that should be ignored would train that class."""
     if labels.dtype == torch.int64:
         return
     least, most = torch.iinfo(labels.dtype).min, torch.iinfo(labels.dtype).max

@@ -1,10 +1,10 @@
-"""Process groups: a vocabulary split between ranks, and the only messages there are.
+"""Process groups: a vocabulary that is split between ranks, and all messages that ranks send.
 
     all_gather   the states of all ranks, once a forward (a chunk, in the linear call), by `agreement`
     total        one all-reduce: the hidden states' gradient, and the numbers of a batch's mean p
     _place       the columns before a rank's own, asked for once for each group, unless given
 
-Groups travel by name, which fits an operator's schema and which torch.compile takes for a constant.
+Groups are passed by name: a name fits an operator's schema, and torch.compile takes it as a constant.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ class VocabShard(NamedTuple):
     """A vocabulary split between the ranks of a group, each of which holds consecutive columns of it.
 
     group: the ranks, in any order.  start: the vocabulary's index of this rank's first column.  size: V, the
-    number of columns of all ranks. Given as `group=`, it saves the message that finds out start and size.
+    number of columns of all ranks. Given as `group=`, it saves the message by which ranks ask for start and
+    size.
     """
 
     group: ProcessGroup
@@ -86,8 +87,9 @@ def resolved(group: ProcessGroup | VocabShard, width: int, device: torch.device)
     return Shard(start, size, ranks, name)
 
 
-# The widths of all ranks, as they were when the ranks of a group last asked each other. By group alone: all
-# ranks then remember the same. By this rank's width, one rank could remember what another has to ask for.
+# The widths of all ranks, as they were when the ranks of a group last asked each other. The key is the group
+# alone, so that all ranks remember the same. With this rank's width in the key, one rank could remember what
+# another has to ask for.
 _widths: WeakKeyDictionary[Any, tuple[int, ...]] = WeakKeyDictionary()
 
 
@@ -98,7 +100,7 @@ def vocabulary_of(group: Any) -> int | None:
 
 
 def remember(group: Any, widths: tuple[int, ...] | None) -> None:
-    """Replace what is known of a group's columns; None: ask anew. All ranks have to do it together."""
+    """Replace what is known of a group's columns; None: ask again. All ranks have to do it together."""
     if widths is None:
         _widths.pop(group, None)
     else:
@@ -119,8 +121,8 @@ def _place(name: str, width: int, device: str, tracing: bool) -> tuple[int, int,
     return sum(known[:rank]), sum(known), known[rank]
 
 
-# What torch.compiler.assume_constant_result does, without the second that importing the compiler takes: a
-# trace asks for real, once, and keeps the answer.
+# What torch.compiler.assume_constant_result does, without importing the compiler, which takes a second: a
+# trace asks the ranks once and keeps the answer.
 _place._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -58,8 +58,8 @@ def buffer_bytes(
 ) -> int:
     """Bytes of the chunk buffer. columns: of the logits, as every rank counts them.
 
-    summed: several chunks would need the weight's gradient in fp32 beside them. Where one chunk takes no more
-    than a buffer and that sum, it is one: less memory at its peak, and no sum to read and write.
+    summed: several chunks would need the weight's gradient in fp32 beside them. If a single chunk takes no
+    more than a buffer and that sum, there is one chunk: less peak memory, and no sum to read and write.
     """
     if chunk_bytes is None:
         if hidden.device.type in CHUNK_BYTES:

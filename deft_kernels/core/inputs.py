@@ -67,7 +67,7 @@ def aligned(labels: Tensor, shift: int, ignore_index: int) -> Tensor:
         if labels.dim() == 0:
             raise ValueError("shift: needs labels with a time dimension, got a scalar")
         labels = ahead(labels, shift, ignore_index)
-    # The kernels step through labels one by one: a strided vector would be read wrong.
+    # The kernels read labels as a contiguous vector: with another stride they would read wrong ones.
     return labels.reshape(-1).contiguous()
 
 
@@ -85,7 +85,7 @@ def shard_of(
         return None
     if backend == "reference":
         raise ValueError('group: not available with backend="reference", which is one process')
-    # Under validation the ranks have asked for this very call.
+    # With validation the ranks have just asked, for this call.
     asked = torch.compiler.is_compiling() or validating()
     if not asked and not _fits(group, labels, ignore_index, weight):
         remember(group, None)
@@ -93,7 +93,7 @@ def shard_of(
 
 
 def _fits(group: Any, labels: Tensor, ignore_index: int, weight: Any) -> bool:
-    """Whether the vocabulary that a group's ranks remember can be this call's, by what all of them see."""
+    """Whether the vocabulary that a group's ranks remember fits this call, by what all ranks can see."""
     if isinstance(group, VocabShard):
         return True
     group_name(group)

@@ -1,4 +1,4 @@
-"""A keyword that a call does not have: the TypeError says which of its own is meant."""
+"""A keyword that a call does not have: the TypeError says which keyword of the call is meant."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ NOTES = {
     "return_token_accuracy": ", whose `correct` it is",
     "return_entropy": ", whose `entropy` it is",
 }
-# What the linear call has no keyword for, as it does so anyway.
+# The linear call has no keyword for these, as it always does so.
 OF_LOGITS = {
     "inplace": "its own buffer of logits is always overwritten",
     "inplace_backward": "its own buffer of logits is always overwritten",

@@ -15,7 +15,7 @@ Reduction = Literal["mean", "sum", "none"]
 
 
 def class_weights(weight: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
-    """w_y of each row; of a label out of range anything, its row counts for nothing or is NaN."""
+    """w_y of each row. For a label out of range any weight will do: its row is ignored or NaN."""
     return weight.to(dtype)[labels.clamp(0, weight.numel() - 1)]
 
 
@@ -35,9 +35,9 @@ class Weighting:
         self.num_items = num_items.reshape(()) if isinstance(num_items, Tensor) else num_items
 
     def denominator(self, kept: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor | float:
-        """Of a mean; not 0 where no row counts, whose mean is 0.
+        """The denominator of a mean. Not 0 if no row counts: that mean is 0.
 
-        With rows that count, 0 as the sum of their class weights makes the mean NaN, as in F.cross_entropy.
+        If the class weights of the rows that count sum to 0, the mean is NaN, as in F.cross_entropy.
         """
         if self.reduction == "sum":
             return 1.0
@@ -60,7 +60,7 @@ class Weighting:
         return total if self.reduction == "sum" else total / self.denominator(kept, labels, rows.dtype)
 
     def _token_weight(self, kept: Tensor, dtype: torch.dtype) -> Tensor:
-        """Padding may hold anything, NaN included: rows that are not kept take no part."""
+        """Padding may have any weight, even NaN: rows that are not kept do not count."""
         assert self.token_weight is not None
         return torch.where(kept, self.token_weight.to(dtype), 0.0)
 

@@ -1,8 +1,8 @@
 """The keywords of the public calls: declared here, checked here, and then one frozen record.
 
-A keyword is a line of one of the tables, with its type and its default, which is where its name, the type
-checker's knowledge and the signature that `help` shows come from; a check in `checked`; and a field of the
-record that everything behind the public calls takes: `Request`.
+A keyword is a line of one of the tables, with its type and its default: the type checker and the signature
+that `help` shows take it from there. Its check is in `checked`, and its value goes into `Request`, the record
+that the public calls pass on.
 """
 
 # No `from __future__ import annotations`: the defaults are read from the annotations.

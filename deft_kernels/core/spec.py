@@ -37,8 +37,8 @@ class Spec:
     def encode(self) -> tuple[str, list[float]]:
         """(code, numbers) for an operator call; torch.compile folds both to constants.
 
-        The code begins with the number of fields of a row: torch.compile keeps generated code on disk, and
-        finds it again by the graph alone, whatever shape an operator had when it was generated.
+        The code begins with the number of fields of a row. torch.compile stores generated code on disk and
+        finds it by the graph alone, even if an operator had outputs of another shape when it was generated.
         """
         o = self.objective
         flags = f"{int(o.detach)}{int(self.statistics)}{int(self.inplace)}"
@@ -89,7 +89,7 @@ SETTINGS = tuple(field.name for field in fields(Spec) if field.type == "float")
 
 
 def log2_scale(temperature: float, dtype: torch.dtype = torch.float32) -> float:
-    """k = log2(e) / temperature as the dtype of the passes holds it; no tensor, no device, no waiting."""
+    """k = log2(e) / temperature rounded to the dtype of the passes, without a tensor."""
     k = 1.0 / math.log(2.0) / temperature
     return k if dtype == torch.float64 else float(np.float32(k))
 

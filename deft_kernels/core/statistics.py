@@ -56,11 +56,11 @@ def detached(stats: RowStatistics) -> RowStatistics:
 
 
 def with_stand_ins(stats: RowStatistics, valid: Tensor) -> RowStatistics:
-    """The statistics as a function of them may differentiate them: an ignored row holds those of a plain one.
+    """The statistics for a function that differentiates them: an ignored row gets those of a plain row.
 
-    Its zeros would make log, division or a power infinite, and 0 times that is a NaN in the gradient of
-    whatever parameter the function has. The stand-in is a row of probabilities 1/2, 1/4 and 1/4 whose label
-    has a quarter: no statistic is 0 or 1, and no two are equal.
+    With its zeros a log, a division or a power would be infinite, and 0 times that is a NaN in the gradient
+    of the function's parameters. The stand-in is a row of probabilities 1/2, 1/4 and 1/4 whose label has a
+    quarter: no statistic is 0 or 1, and no two are equal.
     """
     log2 = math.log(2.0)
     return RowStatistics(
@@ -80,7 +80,7 @@ class Field(IntEnum):
     OFFSET and SUM are the state of the softmax in the log2 domain: p_j = 2^(k z_j - OFFSET) / SUM with
     k = log2(e) / temperature rounded to the buffer's dtype. OFFSET need only be near the maximum, so that its
     own rounding cancels: unlike lse it costs no precision at |z| = 300. PREDICTED is 1 + the first column
-    with the largest logit, so that 0, which rows that count for nothing hold everywhere, is none. A, B, C,
+    with the largest logit, so that 0 means none: every field of an ignored row is 0. A, B, C,
     PEAK_GRAD and TARGET are the coefficients of the gradient for an upstream of 1 (`coefficients`).
     """
 
@@ -108,7 +108,7 @@ class Field(IntEnum):
     TARGET = 18
 
 
-# The fields of some rows while they are worked on, each [R]; what is absent is zero.
+# The fields of some rows while they are computed, each [R]; a field that is absent is zero.
 Fields = dict[Field, Tensor]
 
 

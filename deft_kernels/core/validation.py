@@ -32,7 +32,8 @@ from .groups import Shard, VocabShard, all_gather, group_of, remember
 from .spec import Spec
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# What the digest compares, in the order of the message. A 0 is what a call does not know, and fits anything.
+# What the digest compares, in the order of the message. A 0 stands for what a call does not know, and agrees
+# with anything.
 DIGEST = (
     "the call",
     "the number of rows",
@@ -155,7 +156,7 @@ def _exchange(group: Any, device: torch.device, words: list[int]) -> list[list[i
 
 
 def _asked(group: Any, width: int, device: torch.device) -> None:
-    """Under validation the columns are asked for before each call, so that nothing remembered is outdated."""
+    """With validation the ranks ask for the columns before each call, so that no outdated answer is used."""
     question = [0, width, 0, 1, len(CALLS)]
     table = _exchange(group, device, question)
     if any(row[4] != len(CALLS) for row in table):
@@ -204,7 +205,7 @@ def _validated(
         return call(*args, **keywords)
     except Exception:
         if not _Step.compared:
-            # Its own failure is raised below.
+            # It raises, as this rank has failed; the error itself is raised below.
             with suppress(RuntimeError):
                 _exchange(bare, device, [0, 0, 0, FAILED])
         raise

@@ -1,4 +1,4 @@
-"""Where the loss goes in the stacks people train with: one room a stack, imported only when asked for.
+"""Where the loss goes in the trainers that people use: one module a trainer, imported only when asked for.
 
-Nothing is patched by an import; every change is made by a call that says so.
+An import patches nothing (`verl` says why it is different); every change is made by a call that says so.
 """

@@ -24,7 +24,7 @@ from .callback import ProofCallback, StatisticsCallback
 
 PREFIX = "deft_"
 
-# Settings of Axolotl that give the model or the trainer another loss, or that no route takes notice of.
+# Settings of Axolotl that give the model or the trainer another loss, or that would be ignored.
 REFUSED = {
     "rl": "preference and reward training have losses of their own; leave the plugin out",
     "reward_model": "reward models have a loss of their own; leave the plugin out",
@@ -108,8 +108,8 @@ class DeftPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl is untyped for my
         # Axolotl sets this to False: each rank would divide by its own tokens, a mean of the ranks' means.
         trainer.args.average_tokens_across_devices = True
         if cfg.deft_without_logits:
-            # Axolotl takes a forward without a num_items_in_batch of its own for one that cannot use it; the
-            # patched one divides by it, and without it accumulation would be a mean of means.
+            # Axolotl assumes that a forward without an argument num_items_in_batch cannot use it. The patched
+            # one divides by it; without it accumulation would be a mean of means.
             trainer.model_accepts_loss_kwargs = True
             calls = calls_of(trainer.model)
         else:
@@ -123,8 +123,8 @@ class DeftPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl is untyped for my
 class DeftTrainer(AxolotlTrainer):  # type: ignore[misc]
     """Axolotl's trainer, which does not train without the plugin.
 
-    Axolotl goes on without a plugin that it cannot import or that the YAML forgets, and drops its keys
-    without a word; but not without the class that `trainer_cls` names.
+    Without the plugin, if it cannot be imported or is missing in the YAML, Axolotl drops its keys without an
+    error and trains. But without the class that `trainer_cls` names it stops.
     Raises: ValueError by train().
     """
 
@@ -138,7 +138,7 @@ class DeftTrainer(AxolotlTrainer):  # type: ignore[misc]
 
 
 class _Statistics(StatisticsCallback):
-    """As its base. Axolotl's perplexity is e^loss, and of a gated loss that is none: here it is e^nll."""
+    """As its base, with e^nll as perplexity. Axolotl's is e^loss, which for a gated loss is no perplexity."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **others: Any) -> None:
         super().on_log(args, state, control, logs=logs, **others)

@@ -12,7 +12,7 @@ from ._shared.running import RunningStatistics
 
 
 class ProofCallback(TrainerCallback):  # type: ignore[misc]  # transformers is untyped for mypy
-    """An error before each optimizer step for which the gated loss was not called, or not as it has to be.
+    """Raises before each optimizer step for which the gated loss was not called, or not as it has to be.
 
     Args: calls: the loss's own.
     Raises: RuntimeError when the loss was not called since the last step, or when it was called without the
@@ -27,7 +27,7 @@ class ProofCallback(TrainerCallback):  # type: ignore[misc]  # transformers is u
         self.calls = calls
 
     def add_to(self, trainer: Any) -> None:
-        """Add to a trainer ahead of its other callbacks, as those report the logs when their turn comes.
+        """Add to a trainer before its other callbacks, which report the logs.
 
         Raises: ValueError for a version of transformers that divides accumulated gradients twice.
         """
@@ -68,8 +68,8 @@ class ProofCallback(TrainerCallback):  # type: ignore[misc]  # transformers is u
 class StatisticsCallback(ProofCallback):
     """Logs a `RunningStatistics` beside the loss: nll, mean_alpha, mean_gate, mean_entropy, top1.
 
-    A gated loss looks small, because tokens that the model doubts weigh little; `nll` is what to compare with
-    other runs. In evaluation, where a route uses the gated loss there, the names are eval_nll and so on. The
+    A gated loss looks small, because tokens that the model doubts have a small weight: compare runs by `nll`.
+    If evaluation uses the gated loss, its names are eval_nll and so on. The
     means are over all ranks' tokens since the last log.
 
     Args: statistics: the object given to the loss.

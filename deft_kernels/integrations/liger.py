@@ -1,4 +1,4 @@
-"""Liger: the gated loss in place of its fused linear cross-entropy, in every model family it patches."""
+"""Liger: the gated loss instead of its fused linear cross-entropy, in every model family that it patches."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def install(
 
     Args:
         objective, statistics: as in `transformers.ComputeLoss`.
-        model: the model that will be trained: an error is raised in its first training step that does not
-            come to the gated loss, and at once for an adapter on its head, which Liger leaves out.
+        model: the model that will be trained: raises in its first training step without the gated loss, and
+            at once for an adapter on its head, which Liger would leave out.
         temperature, chunk_bytes, backend: as in `fused_linear_deft_loss`.
     As Liger's, a mean divides by the sum of the class weights, and its z-loss by the number of rows; with
     both the host waits for that sum once a call.

@@ -32,18 +32,18 @@ class Keywords(OfUser, OfZLoss, OfBuffer, total=False):
 
 @showing(Keywords)
 def install(objective: str | Objective = "deft", **keywords: Unpack[Keywords]) -> None:
-    """Replace `tensor_parallel.vocab_parallel_cross_entropy` and its native fused twin, until `uninstall()`.
+    """Replace `tensor_parallel.vocab_parallel_cross_entropy` and its native fused form, until `uninstall()`.
 
     `LanguageModule.compute_language_model_loss`, of which GPTModel and the other models are, looks both up at
     each call; each rank gives its shard of the vocabulary, and every rank gets each token's loss, for
     Megatron's own loss mask. One all-gather of 5 numbers a token. Negative labels, with which its datasets
-    fill up what their mask leaves out, count 0.
+    pad where their mask is 0, count 0.
 
     Args: objective: as in `deft_loss`; temperature, z_loss, inplace, backend: as in `deft_loss`.
     Raises: RuntimeError when it is installed already; ValueError for an objective that takes a mean over the
         batch, as the loss does not see the mask. TransformerEngine's cross-entropy (cross_entropy_fusion_impl
-        "te") raises when it is called. A training step of Megatron's schedules whose model did not come to
-        the gated loss: RuntimeError, before its backward.
+        "te") raises when it is called. RuntimeError, before the backward, in a training step of Megatron's
+        schedules whose model did not make the gated loss.
     """
     from megatron.core import tensor_parallel
     from megatron.core.models.common.language_module import language_module
@@ -104,10 +104,10 @@ def uninstall() -> None:
 
 
 def _watched(forward_step_calc_loss: Callable[..., Any]) -> Callable[..., Any]:
-    """What every schedule calls between a micro-batch's forward and its backward, with a look at the loss.
+    """What every schedule calls between a micro-batch's forward and its backward, with a check of the loss.
 
-    A model with a loss of its own, a fusion of head and loss, a function bound before `install()`: all of
-    them would train plain cross-entropy, and only that the gated loss was not made tells them.
+    A model with its own loss, a fusion of head and loss, a function bound before `install()`: all of them
+    would train plain cross-entropy, and one sees it only by the gated loss that was not made.
     """
 
     @functools.wraps(forward_step_calc_loss)
@@ -136,9 +136,9 @@ def _rows(logits: Tensor, target: Tensor, group: Any, smoothing: float, settings
     ranks, width = group.size(), logits.shape[-1]
     size = ranks * width
     shard = VocabShard(group, group.rank() * width, size) if ranks > 1 else None
-    # Megatron spreads the smoothing over the classes that are not the target, deft_loss over all.
+    # Megatron distributes the smoothing over the classes that are not the target, deft_loss over all.
     smoothing = smoothing * size / (size - 1) if smoothing else 0.0
     _made.set()
-    # T5's and BERT's datasets fill up with -1, where their masks are 0.
+    # T5's and BERT's datasets pad with -1, where their masks are 0.
     target = target.masked_fill(target < 0, -100)
     return deft_loss(logits, target, reduction="none", label_smoothing=smoothing, group=shard, **settings)

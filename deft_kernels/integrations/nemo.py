@@ -24,8 +24,8 @@ class Keywords(TrainerKeywords, OfGradient, total=False):
 class DEFTLoss(MaskedCrossEntropy):  # type: ignore[misc]  # NeMo is untyped for mypy
     """`deft_loss` in the signature of `MaskedCrossEntropy`.
 
-    A subclass of it, because the recipes replace any other loss by plain cross-entropy, with a warning only,
-    in front of a model whose forward takes no logits_to_keep.
+    A subclass of it, because for a model whose forward takes no logits_to_keep the recipes replace any other
+    loss by plain cross-entropy, with only a warning.
 
     Args: objective: as in `deft_loss`, its name in YAML; ignore_index, reduction ("sum", "mean", "none"):
         as `MaskedCrossEntropy`; temperature, z_loss, label_smoothing, inplace, grad_in_forward,

@@ -19,9 +19,9 @@ from ._shared.settings import described
 def summed(pred: Any, labels: Any, *, objective: Any) -> Any:
     """The sum of the rows' losses, in the signature and placements of torchtitan's cross_entropy_loss.
 
-    pred: [B, T, V], plain or a DTensor; labels: [B, T], shifted by torchtitan already. Plain labels beside a
-    DTensor, as tensor parallelism alone has them, give a plain loss. Where the labels are a DTensor too, so
-    is the loss: partial over the mesh dimensions that split the rows, as the trainer adds up local parts.
+    pred: [B, T, V], plain or a DTensor; labels: [B, T], shifted by torchtitan already. With plain labels and
+    a DTensor as pred, as in tensor parallelism alone, the loss is plain. If the labels are a DTensor, too, so
+    is the loss: partial over the mesh dimensions that split the rows, as the trainer adds local parts.
     """
     keywords: dict[str, Any] = {"objective": objective, "reduction": "sum", "ignore_index": IGNORE_INDEX}
     if not is_dtensor(pred):

@@ -48,7 +48,7 @@ def apply(
 
     Args: trainer: a transformers `Trainer` (for TRL's use `integrations.trl.apply`); objective, shift and
         keywords as in `ComputeLoss`; log_statistics: add a `StatisticsCallback`, else a `ProofCallback`, so
-        that a trainer whose own compute_loss goes past the loss raises either way.
+        that a trainer whose own compute_loss does not use the loss raises in both cases.
     Returns: the loss's `RunningStatistics`, those that are logged.
     Raises: ValueError for settings that would be ignored: a compute_loss_func of its own,
         label_smoothing_factor, Liger's fused flag, context parallelism, several ranks without

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer: the gated loss from the statistics of its fused head, or by compute_loss_func before.
+"""TRL's SFTTrainer: the gated loss from the statistics of its fused head; before 1.15 by compute_loss_func.
 
 TRL >= 1.15 makes log-probabilities, entropy and ln sum p^2 of each token without logits, and its loss is
 their sum over the number of tokens: there only the row formula is missing, `gated_loss`. Earlier versions
@@ -157,7 +157,7 @@ class _GatedLogProbs:
         )
         self._record(logp.detach(), outputs)
         self.statistics.calls.note(rows, own_mean=own_mean)
-        # The model's own loss is left out: what is not there cannot be trained by mistake.
+        # The model's own loss is removed, so that it cannot be trained by mistake.
         return type(outputs)(**{**outputs, "log_probs": -rows, "loss": None})
 
     def _record(self, logp: Tensor, outputs: Any) -> None:

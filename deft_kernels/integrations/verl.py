@@ -1,8 +1,8 @@
 """verl: the gated loss in its SFT trainer, by one flag, `model.external_lib=deft_kernels.integrations.verl`.
 
-That flag names a module which verl imports, so this room, alone among them, acts when it is imported: it
-calls `install()`. For another objective, name a module of your own that imports this one and calls `install`
-again.
+That flag names a module, and verl does no more than import it. So this module, unlike the others, acts when
+it is imported: it calls `install()`. For another objective, name a module of your own that imports this one
+and calls `install` again.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _originals: dict[str, Any] = {}
 class SftLoss:
     """verl's `sft_loss` with the row formula: the sum over the batch's tokens / batch_num_tokens * dp_size.
 
-    It holds its objective, so that a worker in another process, to which verl sends its loss, trains the same
-    one: to unpickle it is to import this module there.
+    verl sends its loss to workers in other processes. The loss holds its objective, so that they train the
+    same one; to unpickle it they import this module.
     """
 
     objective: Objective
@@ -79,7 +79,7 @@ class SftLoss:
         rows = gated_loss(logp, objective=self.objective, valid=valid, **given)
         count = denominator(data["batch_num_tokens"], rows)
         share = mask / count * data["dp_size"]
-        # verl waits for each micro-batch's loss here; its metrics take one wait more.
+        # verl waits for each micro-batch's loss here; for the metrics it waits once more.
         sums = (_of_rows(self.objective, logp.detach(), valid, given) * share).sum(dim=1).tolist()
         return (rows * share).sum(), {
             name: Metric(aggregation="sum", value=value) for name, value in zip(METRICS, sums, strict=True)
@@ -89,8 +89,8 @@ class SftLoss:
 def install(objective: str | Objective = "deft") -> None:
     """Replace verl's `sft_loss`, and ask its engines for sum p^2 (or the entropy) when they train it.
 
-    verl makes both in the logits' dtype; where the fsdp engines make them for this loss, `row_statistics`
-    does, which accumulates in fp32 and keeps nothing for a gradient. May be called again, for another
+    verl computes both in the logits' dtype. For this loss the fsdp engines get them from `row_statistics`,
+    which accumulates in fp32 and keeps nothing for a gradient. May be called again, for another
     objective, before a trainer is built.
     Raises: ValueError for an objective that needs max p, a mean over the batch, or a gradient through a
         statistic; RuntimeError for a verl that still has fsdp_sft_trainer. While it is installed, an engine
@@ -129,7 +129,7 @@ def install(objective: str | Objective = "deft") -> None:
 
 
 def uninstall() -> None:
-    """Put verl's own functions back; a later run in this process needs `install()`, the flag imports nothing.
+    """Put verl's own functions back. A later run in this process needs `install()`: the flag imports nothing.
 
     Raises: RuntimeError when nothing is installed.
     """
@@ -185,7 +185,7 @@ def _infer_batch(self: Any, data: Any, loss_function: Any = None) -> Any:
 def _with_statistics(engine: Any, data: Any, loss_function: Any, original: Any) -> Any:
     from verl.utils import tensordict_utils as tu
 
-    loss = getattr(loss_function, "func", loss_function)  # verl hands on a partial
+    loss = getattr(loss_function, "func", loss_function)  # verl passes a partial on
     if loss is _originals["sft_loss"]:
         raise RuntimeError(
             "sft_loss: this is verl's own, bound before the gated loss was installed, and would train plain "
@@ -221,7 +221,7 @@ def _check(engine: Any, data: Any, loss: SftLoss) -> None:
 
 @contextlib.contextmanager
 def _exact_statistics(engine: Any) -> Iterator[None]:
-    """The engine's statistics from `row_statistics`, while this loss is trained and no longer.
+    """The engine's statistics from `row_statistics`, only while this loss is trained.
 
     verl's policy losses, in the same process, need the gradient of its own entropy.
     """

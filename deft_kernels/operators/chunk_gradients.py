@@ -25,8 +25,8 @@ def _mixed_product(device: torch.device) -> bool:
 class HiddenGradient:
     """dhidden [N, D] = dlogits W, row by row; rows that no chunk covers are 0.
 
-    Of a head split between ranks each has a part of every row, and parts cancel: half-precision ones are kept
-    and added in fp32, by one all-reduce of the whole, and the sum is cast once.
+    If a head is split between ranks, each rank has a part of every row, and the parts cancel: in half
+    precision they are kept and added in fp32, by one all-reduce of the whole, and the sum is cast once.
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor, wanted: bool, shard: Shard | None = None):

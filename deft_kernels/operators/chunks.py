@@ -2,8 +2,8 @@
 
     logits = hidden W^T + bias     dhidden = dlogits W     dW = dlogits^T hidden     dbias = sum_i dlogits_i
 
-The buffer is private, so each chunk's gradient is written over its logits. Plain functions of plain tensors,
-without autograd; `backend` is one of `backends`.
+Nothing else reads the buffer, so each chunk's gradient overwrites its logits. Plain functions of plain
+tensors, without autograd; `backend` is one of `backends`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class Head(NamedTuple):
 
     @property
     def columns(self) -> int:
-        """Of the logits, to plan chunks with: ranks with uneven shards have to agree on their rows."""
+        """Columns of the logits, to plan chunks by: the same number on ranks with uneven shards, so that all
+        ranks have the same rows in a chunk."""
         return self.weight.shape[0] if self.shard is None else -(-self.shard.size // self.shard.ranks)
 
 
@@ -142,7 +143,8 @@ class _Accumulators:
 def _with_batch_mean(backend: Backend, chunks: Chunks, labels: Tensor, ignore_index: int, spec: Spec) -> Spec:
     """For `cayley`, whose floor is made of the batch's mean p: read every chunk once for it.
 
-    The mean then travels as a number, which on a GPU waits for it; `mean_prob` given saves both.
+    The mean then becomes a number of the Spec, for which on a GPU the host waits. A given `mean_prob` saves
+    both.
     """
     if not spec.objective.needs_batch:
         return spec
@@ -224,7 +226,7 @@ def gradient(
     spec: Spec,
     wanted: list[bool],
 ) -> Gradients:
-    """Gradients for an upstream `dloss` [N] from the rows of an earlier call; the logits are made anew."""
+    """Gradients for an upstream `dloss` [N] from the rows of an earlier call; the logits are made again."""
     chunks = Chunks(head, rows[Field.KEPT] != 0)
     gradients = _Accumulators(chunks, wanted)
     for chunk in chunks:

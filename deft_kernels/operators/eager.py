@@ -1,9 +1,9 @@
-"""Plain eager calls: who is one, and operators as autograd Functions for them.
+"""Plain eager calls: how to tell them, and operators as autograd Functions for them.
 
-An operator's way through torch.library costs the host about 130 us a training step that a Function does not,
-and the first one imports torch._dynamo, which takes more than a second. But a tracer, a fake tensor or a mode
-has to see one operator, not a backend that reads addresses: `watched` asks, and who is watched gets the
-operator.
+To call an operator by torch.library costs the host about 130 us a training step more than a Function, and the
+first call imports torch._dynamo, which takes more than a second. But a tracer, a fake tensor or a mode has to
+see one operator, not a backend that reads addresses. `watched` tells whether there is one; then the operator
+is called.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def watched(*tensors: Tensor | None) -> bool:
-    """Whether somebody traces, or stands in for, what happens to these tensors."""
+    """Whether a tracer, a mode or a tensor subclass has to see what happens to these tensors."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return True
     if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
@@ -29,8 +29,8 @@ def watched(*tensors: Tensor | None) -> bool:
 def function_of(
     operator: Any, setup: Callable[..., None], backward: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """`operator` with the autograd rule that it is registered with, as a call that goes by it where somebody
-    watches, and by a Function of the same body where nobody does."""
+    """`operator`, with the autograd rule that it is registered with, as a function. If the call is `watched`
+    it calls the operator, otherwise an autograd Function of the same body."""
     body = operator._init_fn
 
     class Eager(torch.autograd.Function):

@@ -1,6 +1,6 @@
 """The losses over logits as autograd Functions that call the backend themselves, for plain eager calls.
 
-They take a Spec where an operator takes what fits its schema; their backward is that of the operators.
+They take a Spec; an operator takes what fits its schema. Both have the same backward.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def loss_with_gradient(
     ignore_index: int,
     spec: Spec,
 ) -> tuple[Tensor, Tensor]:
-    """(sum_i row_scale_i loss_i, rows); the gradient is made here, in the logits' storage if so asked."""
+    """(sum_i row_scale_i loss_i, rows); the gradient is made here, with `inplace` in the logits' storage."""
     if not watched(logits, labels, row_scale, class_weight):
         return LossWithGradient.apply(logits, labels, row_scale, class_weight, ignore_index, spec)
     args = (labels, row_scale, class_weight, ignore_index, *spec.encode())
@@ -147,12 +147,12 @@ def kept_gradient(ctx: Any, dtotal: Tensor | None) -> Tensor | None:
         return None
     logits, labels, row_scale, class_weight, rows = ctx.saved_tensors
     spec: Spec = ctx.spec
-    # Handing out the one reference lets autograd keep the tensor as .grad without a copy.
+    # With no other reference to the tensor, autograd keeps it as .grad without a copy.
     dlogits, ctx.dlogits = ctx.dlogits, None
     if spec.inplace:
         in_place.check_in_place_backward(dlogits)
     elif dlogits is None or torch.is_grad_enabled() or watched(dtotal):
-        # Given away by an earlier backward; or with a graph of its own, for which the operator raises.
+        # An earlier backward took it; or it is to have a graph, for which the operator raises.
         dloss = (dtotal * row_scale).to(rows.dtype)
         return gradient_of_rows(logits, labels, class_weight, rows, dloss, spec)
     backend = implementation(spec)

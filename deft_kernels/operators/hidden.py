@@ -1,4 +1,4 @@
-"""The operators of the loss from hidden states, registered as those of `operators` are, and their backward.
+"""The operators of the loss from hidden states, registered as those of `logits`, and their backward.
 
 hidden is [N, D], labels are flat. `product` is the dtype of the matrix products, `budget` the bytes of the
 chunk buffer, `wanted` says which gradients of (hidden, weight, bias) to make.
@@ -24,7 +24,7 @@ from .logits import no_double_backward, save_nothing
 
 
 def outside_autocast(hidden: Tensor) -> torch.autocast:
-    """The products' dtype is settled; autocast must not choose another one inside the operator."""
+    """The products' dtype is decided already: autocast must not choose another one inside the operator."""
     return torch.autocast(hidden.device.type, enabled=False)
 
 
@@ -132,7 +132,7 @@ def linear_gradient(
     code: str,
     numbers: List[float],
 ) -> Tuple[Tensor, Tensor, Tensor]:
-    """Gradients by hidden, weight and bias for an upstream `dloss` [N]; makes the logits anew."""
+    """Gradients by hidden, weight and bias for an upstream `dloss` [N]; makes the logits again."""
     spec = decode(code, numbers)
     with outside_autocast(hidden):
         head = Head(hidden, weight, bias, product, budget, spec.shard)
@@ -172,7 +172,7 @@ def _(hidden, weight, bias, labels, wanted, product, budget, ignore_index, code,
 
 
 def gradient(hidden: Tensor, *args: Any) -> Any:
-    """`linear_gradient`; by the operator where somebody watches, or where its own backward has to raise."""
+    """`linear_gradient`; by the operator if the call is `watched`, or if its own backward has to raise."""
     tensors = (x for x in args if isinstance(x, Tensor))
     if torch.is_grad_enabled() or watched(hidden, *tensors):
         return linear_gradient(hidden, *args)
@@ -201,14 +201,14 @@ def setup_with_gradient(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*tensors, output[1])
-    # Not read from the saved tensors: that would unpack hidden, too, which checkpointing computes anew.
+    # Not read from the saved tensors: that would unpack hidden, too, which checkpointing computes again.
     ctx.kept, ctx.gradients = output[1][Field.KEPT], output[2:]
 
 
 def with_gradient_backward(ctx: Any, dtotal: Optional[Tensor], *_: Any) -> Any:
     if dtotal is None:
         return (None,) * 12
-    # Handing out the only reference lets autograd keep the tensors as .grad without a copy.
+    # With no other reference to the tensors, autograd keeps them as .grad without a copy.
     gradients, ctx.gradients = ctx.gradients, None
     if gradients is not None and type(gradients[0]) is not Tensor:
         # A traced backward may not overwrite what its forward returned.
@@ -217,7 +217,7 @@ def with_gradient_backward(ctx: Any, dtotal: Optional[Tensor], *_: Any) -> Any:
             scaled[0] = scaled[0].where(ctx.kept.unsqueeze(1) != 0, 0.0)
         return given(scaled, ctx.wanted, 12)
     if gradients is None or torch.is_grad_enabled():
-        # Given away by an earlier backward; or with create_graph=True, which `linear_gradient` refuses.
+        # An earlier backward took them; or create_graph=True, with which `linear_gradient` raises.
         hidden, weight, bias, labels, row_scale, class_weight, rows = ctx.saved_tensors
         dloss = (dtotal * row_scale).to(rows.dtype)
         args = (rows, dloss, ctx.wanted, ctx.product, ctx.budget, ctx.code, ctx.numbers)
@@ -231,9 +231,9 @@ def with_gradient_backward(ctx: Any, dtotal: Optional[Tensor], *_: Any) -> Any:
 
 
 def scale_(gradient: Tensor, upstream: Tensor, backend: Backend, kept: Optional[Tensor] = None) -> None:
-    """gradient *= upstream, left alone where that is 1; on a GPU the device decides, and nobody waits.
+    """gradient *= upstream, unchanged if that is 1; on a GPU the device decides, without waiting.
 
-    kept: of the rows of hidden's gradient, which stays 0 where it is 0, whatever the upstream.
+    kept: which rows of hidden's gradient count; the others stay 0, whatever the upstream.
     """
     if gradient.numel() > 0:
         backend.scale(gradient, upstream, kept)

@@ -1,4 +1,4 @@
-"""The gradient made in the forward, in the logits' own storage: a mutating operator and what wraps it."""
+"""The gradient made in the forward, in the logits' own storage: a mutating operator and its Function."""
 
 import warnings
 from functools import lru_cache
@@ -18,7 +18,7 @@ from .logits import match_upstream_, no_double_backward, rows_dtype
 
 @lru_cache(maxsize=1)
 def warn_of_underflow() -> None:
-    """Once: said here rather than in the backward, which on a GPU does not know its upstream."""
+    """Once. The backward could not say it: on a GPU the host does not know the upstream."""
     warnings.warn(
         "deft_kernels: inplace=True with grad_in_forward=True rounds the gradient to float16 before the loss "
         "scale is known: entries below 3e-8 are 0 already, and no loss scale brings them back. Leave "
@@ -56,7 +56,7 @@ def _(logits, labels, row_scale, class_weight, ignore_index, code, numbers):
 
 
 def check_in_place_backward(dlogits: Optional[Tensor]) -> None:
-    # once_differentiable speaks up only when the upstream itself carries a graph.
+    # once_differentiable raises only when the upstream itself has a graph.
     if torch.is_grad_enabled():
         no_double_backward()
     if dlogits is None:

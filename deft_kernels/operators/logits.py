@@ -1,9 +1,9 @@
 """The operators of the package, registered with torch.library, and their hand-written backward.
 
-Registered, so that torch.compile needs no graph break and opcheck can check the schema, the shape functions
-and the autograd rule; plain eager calls take the quicker Functions of `functions` and `eager`. Settings are
-handed over as (code, numbers), see `spec`. Labels are flat, int64, [N]; logits [..., V] keep their shape and
-strides.
+They are registered so that torch.compile needs no graph break, and so that opcheck can check the schema, the
+shape functions and the autograd rule. Plain eager calls use the Functions of `functions` and `eager`, which
+are quicker. Settings are passed as (code, numbers), see `core/spec.py`. Labels are flat, int64, [N]; logits
+[..., V] keep their shape and strides.
 """
 
 from dataclasses import replace
@@ -124,10 +124,10 @@ def match_upstream_(
     code: str,
     numbers: List[float],
 ) -> None:
-    """Turn a gradient made in the forward, for an upstream of 1, into the one for a scalar `upstream`.
+    """Turn a gradient that the forward made for an upstream of 1 into the gradient for a scalar `upstream`.
 
-    Nothing is done when it is 1. With the logits at hand the gradient is computed anew where scaling would
-    round a second time; without them (they were overwritten) it is scaled.
+    Nothing is done when it is 1. Where scaling would round a second time, the gradient is computed again from
+    the logits; if they were overwritten, it is scaled.
     """
     spec = decode(code, numbers)
     implementation(spec).match_upstream(
@@ -156,13 +156,14 @@ def _(logits, labels, ignore_index, code, numbers):
 
 
 def scalar_upstream(ctx: Any, upstream: Tensor) -> Tensor:
-    """The gradient that the forward left on `ctx`, for this upstream; computed anew if it was given away.
+    """The gradient that the forward left on `ctx`, for this upstream; computed again if an earlier backward
+    took it.
 
-    Also anew with create_graph=True: the stored tensor has no history, and whoever differentiates a second
-    time would silently get nothing, where `logits_gradient` raises.
+    Also computed again with create_graph=True: the stored tensor has no history, so a second derivative would
+    silently be missing, but `logits_gradient` raises.
     """
     logits, labels, row_scale, class_weight, rows = ctx.saved_tensors
-    # Handing out the one reference lets autograd keep the tensor as .grad without a copy.
+    # With no other reference to the tensor, autograd keeps it as .grad without a copy.
     dlogits, ctx.dlogits = ctx.dlogits, None
     # Under a tracer too: a traced backward may not overwrite what its forward returned.
     traced = type(dlogits) is not Tensor
@@ -192,7 +193,7 @@ def _setup_row_loss(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def gradient_storage(logits: Tensor, spec: Spec) -> Tensor:
-    """Where the gradient goes: a tensor of its own, or the logits' storage, whose later use then raises."""
+    """A new tensor for the gradient, or the logits' storage; a later use of the logits then raises."""
     if not spec.inplace:
         return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     overwritten = logits.detach()  # shares storage and version counter
@@ -203,7 +204,7 @@ def gradient_storage(logits: Tensor, spec: Spec) -> Tensor:
 def gradient_of_rows(
     logits: Tensor, labels: Tensor, class_weight: Optional[Tensor], rows: Tensor, dloss: Tensor, spec: Spec
 ) -> Tensor:
-    """The gradient by the logits for an upstream `dloss` [N], in their storage where the settings say so."""
+    """The gradient by the logits for an upstream `dloss` [N], with `inplace` in the logits' storage."""
     if not torch.is_grad_enabled() and not watched(logits, dloss):
         dlogits = gradient_storage(logits, spec)
         implementation(spec).gradient(logits, labels, class_weight, rows, dloss, spec, dlogits)

@@ -18,10 +18,10 @@ against cross-entropy at the end (CPU, defaults, mean of seeds 0 to 2):
     top-1, points             +0.2    +0.9    +1.3    +1.7
     loss, nats per byte      +0.35   +0.16   -0.06   -0.37
 
-Cross-entropy learns the noise as doubt (alpha falls); DEFT shuts it out and sharpens what it believes (alpha
-rises). A held-out loss charges for both, and at 30% its sign hangs on the learning rate (DEFT -0.13 at 5e-4,
-+0.06 at 2e-3, seed 0); top-1 favours DEFT at each. Where labels are clean and calibrated probabilities are
-the point, cross-entropy is the better loss.
+Cross-entropy learns from the noise to be unsure (alpha falls). DEFT ignores it and becomes more sure of what
+it believes (alpha rises). The loss on held-out text suffers from both, and at 30% its sign depends on the
+learning rate (DEFT -0.13 at 5e-4, +0.06 at 2e-3, seed 0); top-1 is better with DEFT at each. If labels are
+clean and you need calibrated probabilities, cross-entropy is the better loss.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PACKAGES = "asyncio collections concurrent email http importlib json logging multiprocessing unittest urllib"
 VOCABULARY, CONTEXT, BATCH = 256, 128, 8
 PRETRAIN_LR, FINETUNE_LR = 5e-3, 1e-3
-EVALUATIONS = 10  # a run, besides the one before its first step
+EVALUATIONS = 10  # in a run, and one more before its first step
 
 Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]  # (logits, labels) -> mean loss, rows' gates
 
@@ -145,7 +145,7 @@ class Score(NamedTuple):
     loss: Tensor  # cross-entropy, nats per byte
     top1: Tensor  # per cent
     alpha: Tensor  # DEFT's focus index: how concentrated the predictions are
-    gate: Tensor  # DEFT's gate: the say that the true byte would have in training
+    gate: Tensor  # DEFT's gate: the weight that the true byte would have in training
 
 
 @torch.no_grad()
@@ -211,7 +211,7 @@ def table(rows: list[tuple[str, Score, float]]) -> str:
 
 
 def compare(name: str, score: Score, baseline: Score) -> str:
-    """The verdict, whichever way it went; its standard errors are over held-out windows, not over seeds."""
+    """The result, whichever loss won; its standard errors are over held-out windows, not over seeds."""
     parts = []
     for i, what, unit, sign in ((0, "loss", "nats/byte", -1), (1, "top-1", "points", 1)):
         difference = score[i] - baseline[i]
@@ -256,7 +256,9 @@ def main() -> None:
     pretrain_steps, steps, windows = (20, 10, 16) if args.tiny else (args.pretrain_steps, args.steps, 192)
 
     torch.manual_seed(args.seed)
-    torch.set_num_threads(1)  # so small a model gains little from more, and loses much beside other programs
+    torch.set_num_threads(
+        1
+    )  # with more threads so small a model gains little, and beside other programs loses much
     pretraining, finetuning, held_out = standard_library()
     clean, noisy, unseen = read(pretraining), read(finetuning, args.corrupt, args.seed), read(held_out)
 

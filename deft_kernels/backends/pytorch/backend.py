@@ -1,7 +1,7 @@
 """The PyTorch backend: blocks of rows small enough to stay in cache, no [N, V] temporary.
 
 A block is read from memory once; every further pass over it hits the cache. When the gradient is wanted for
-a scale that is known in the forward, it is written in the same visit. exp2 in place of exp because PyTorch's
+a scale that is known in the forward, it is written in the same pass. exp2 in place of exp because PyTorch's
 CPU exp2 is three to four times as fast (0.16 against 0.57 ns a logit, fp32, 2 cores of an AMD EPYC with
 AVX-512, torch 2.13), and because k z - OFFSET is then one fused multiply-add without a rounding at |z| = 300.
 """
@@ -56,8 +56,8 @@ def row_states(
 ) -> Tensor:
     """States [N, size] (see `states`) of columns that are a part of the vocabulary.
 
-    Labels are counted from the first of them, one outside has its column in another part; class weights are
-    those of these columns.
+    Labels are counted from the first of these columns; the column of a label outside is in another part.
+    Class weights are those of these columns.
     """
     block = Block(logits, spec, class_weight)
     known = Labels(labels, block.vocabulary, ignore_index)
@@ -138,7 +138,7 @@ def row_loss_with_gradient(
 
 
 def drop(target: Tensor, kept: Tensor, some: bool) -> None:
-    """Zero the gradient of rows that are not kept, which a product with a zero coefficient leaves NaN."""
+    """Set the gradient of rows that are not kept to 0: a product with a zero coefficient may be NaN."""
     if some and (target.device.type != "cpu" or not kept.all()):
         target.masked_fill_((kept == 0).unsqueeze(1), 0.0)
 
@@ -189,7 +189,7 @@ def scale(gradient: Tensor, upstream: Tensor, kept: Tensor | None = None) -> Non
         if value == 1.0:
             return
         gradient.mul_(value)
-        # 0 times inf or NaN, as an upstream is where a loss scale overflows.
+        # A loss scale that overflows makes the upstream inf or NaN, and 0 times that is NaN.
         if kept is not None and not math.isfinite(value):
             gradient.masked_fill_((kept == 0).view(*gradient.shape[:-1], 1), 0.0)
     elif kept is None:

@@ -11,13 +11,14 @@ from ...core.spec import Spec, log2_scale
 from ...core.statistics import Field, Fields
 from .state import LARGEST_OFFSET, bounded, offset_of, statistics_of
 
-# Elements in a block: one fp32 buffer of 8 MiB, or where passes need two (the
-# entropy, soft-capped logits, exact gates) two of 4 MiB. Ratios to F.cross_entropy for 2^19 to 2^21 are in
-# docs/cpu.md: larger blocks spread the cost of the row arithmetic, smaller ones sit in a nearer cache.
+# Elements in a block: one fp32 buffer of 8 MiB, or two of 4 MiB where passes need two (the entropy,
+# soft-capped logits, exact gates). docs/cpu.md has the ratios to F.cross_entropy for 2^19 to 2^22: larger
+# blocks need less row arithmetic, smaller blocks fit a faster cache.
 BLOCK_ELEMENTS = 2**21
 # Columns whose squares are added one after another.
 STRETCH = 1280
-# Of sum e^(z_j - z_y): its square fits fp32, and so does a gate of 2^-50 divided by it and by the rows.
+# The largest sum e^(z_j - z_y): its square fits fp32, and so does a gate of 2^-50 divided by it and by the
+# rows.
 LARGEST_SUM = 2.0**50
 
 
@@ -28,8 +29,8 @@ def accumulation_dtype(logits: Tensor) -> torch.dtype:
 def largest(z: Tensor) -> tuple[Tensor, Tensor]:
     """(largest [R], its column [R, 1]) of each row, the first one where several are equal.
 
-    By the maxima of 16 stretches, then inside one of them: PyTorch's max with an index reads a row twenty
-    times as slowly as amax does (0.86 against 0.04 ns an element).
+    Takes the maxima of 16 stretches, then searches in one of them: PyTorch's max with an index takes twenty
+    times as long as amax (0.86 against 0.04 ns an element).
     """
     width = z.shape[1] // 16
     if width < 64:
@@ -67,8 +68,9 @@ class Block:
         self.dtype = accumulation_dtype(logits)
         self.vocabulary = logits.shape[-1]
         self.device = logits.device
-        # May a row's offset be its target's logit? Exponents far from 0 are rounded by up to 1e-6, which only
-        # fp32 and fp64 logits would show; an accelerator would have to wait for the host to see how it went.
+        # Whether a row's offset may be its target's logit. Exponents far from 0 are rounded by up to 1e-6,
+        # which would show with fp32 and fp64 logits only. On an accelerator the host would have to wait to
+        # see whether it worked.
         self.rough = logits.device.type == "cpu" and logits.dtype in (torch.bfloat16, torch.float16)
         # k as the buffers hold it, so that every pass uses the same number.
         self.k = log2_scale(spec.temperature, self.dtype)
@@ -76,7 +78,8 @@ class Block:
         two = spec.needs_entropy or spec.squares or spec.logs or spec.softcap > 0
         two = two or (spec.label_smoothing > 0 and class_weight is not None)
         self.elements = BLOCK_ELEMENTS // 2 if two else BLOCK_ELEMENTS
-        # Of a block, not of the most rows that one can have: short rows would make a long vector of them.
+        # For the rows of this block, not for the most that a block can have: with short rows that would be a
+        # long vector.
         most = min(logits.numel(), self.elements) // max(1, self.vocabulary)
         self.row_numbers = torch.arange(max(1, most), device=self.device)
         self._scratch: dict[str, Tensor] = {}
@@ -98,8 +101,8 @@ class Block:
         return z
 
     def divided(self, z: Tensor, cap: float, out: Tensor) -> Tensor:
-        """z / cap into `out`. Half-precision logits are widened first: `div(z, cap, out=)` divides in their
-        dtype and widens the rounded quotient."""
+        """z / cap into `out`. Half-precision logits are converted first: `div(z, cap, out=)` divides in half
+        precision and converts the rounded quotient."""
         if z.dtype == self.dtype:
             return torch.div(z, cap, out=out)
         return out.copy_(z).div_(cap)
@@ -121,8 +124,8 @@ class Block:
         index: [rows, 1], the target's column.  known: [rows], False where a label is out of range; None where
         there are none.
 
-        One element stays out of the sums and is added at the end: a sum that holds the 1 of a confident row
-        has lost the digits of its remainder, which is what that row's loss is made of.
+        The sums leave out one element, which is added at the end: in a confident row it is about 1, and a sum
+        with that 1 loses the digits of the rest, of which the row's loss is made.
         """
         if self.rough and known is None and not self.spec.needs_max:
             found = self._about_target(z, index, work)
@@ -131,10 +134,11 @@ class Block:
         return self._about_largest(z, index, known, work)
 
     def _about_target(self, z: Tensor, index: Tensor, work: Tensor) -> tuple[Fields, Tensor | None] | None:
-        """With the target's logit for an offset: -logp = log1p(sum of the others); no look at the largest.
+        """With the target's logit as the offset: -logp = log1p(sum of the others), without a search for the
+        largest.
 
-        None when some row's target is too improbable for that, or masked, or NaN: sums must not overflow,
-        nor the coefficients of the gradient underflow.
+        None if some row's target is too improbable for that, or masked, or NaN: then sums could overflow, or
+        the gradient's coefficients underflow.
         """
         z = self.softcapped(z, work)
         target = z.gather(1, index)
@@ -159,8 +163,8 @@ class Block:
     def _about_largest(
         self, z: Tensor, index: Tensor, known: Tensor | None, work: Tensor
     ) -> tuple[Fields, Tensor | None]:
-        """With the largest logit for an offset; what stays out of the sums is the target, or for the entropy,
-        where a confident row may be confident of another token, the largest."""
+        """With the largest logit as the offset. The sums leave out the target; for the entropy they leave out
+        the largest, as a confident row may be confident of another token than the target."""
         spec = self.spec
         z = self.softcapped(z, work)
         target = z.gather(1, index).squeeze(1)
@@ -262,7 +266,7 @@ class Block:
             if spec.softcap > 0:
                 e.mul_(cap_slope_(self.divided(z, spec.softcap, self.scratch("second", len(z)))))
         else:
-            # Not mul(out=out): a narrower `out` would make PyTorch allocate the product first.
+            # Not mul(out=out): with an `out` of half precision PyTorch would allocate the product first.
             e.mul_(self.column(fields[Field.A] * scale))
         if out is not e:
             out.copy_(e)

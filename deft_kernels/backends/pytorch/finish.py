@@ -132,13 +132,14 @@ def reweighted(
 
 
 def _shown(d_logp: Tensor, logp: Tensor) -> Tensor:
-    """NaN where logp is: of a label out of range the loss is NaN, and so is its row's gradient, though a gate
-    of 1 or one made of the entropy does not depend on the label."""
+    """NaN where logp is NaN. For a label out of range the loss is NaN, and so the gradient has to be,
+    although a gate of 1 or one made of the entropy does not depend on the label."""
     return d_logp.masked_fill(logp.isnan(), math.nan)
 
 
 def _settle(fields: Fields, loss: Tensor, valid: Tensor | None, kept: Tensor | None) -> Tensor:
-    """Zero the loss and gradient of rows that are not kept and all of ignored ones, NaN and inf included."""
+    """Set to 0, also from NaN and inf: loss and gradient of rows that are not kept, every field of ignored
+    rows."""
     fields[Field.KEPT] = torch.ones_like(loss) if kept is None else kept.to(loss.dtype)
     for field, value in fields.items():
         keep = kept if field >= Field.A else valid

@@ -1,8 +1,8 @@
 """The row formulas in PyTorch: an objective's loss and exact derivatives, and the gradient's coefficients.
 
-Written out by hand rather than left to autograd: at small alpha the derivative through the gate is a
-difference of nearly equal numbers, and a target of probability 0 makes 0 * inf. The kernels' twin is
-`triton/objectives.py`; the test oracle (`reference.py`) differentiates the plain formulas in float64.
+Written by hand, without autograd: at small alpha the derivative through the gate is a difference of nearly
+equal numbers, and a target of probability 0 makes 0 * inf. `triton/objectives.py` has the same for the
+kernels; the test oracle (`reference.py`) differentiates the plain formulas in float64.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Evaluation(NamedTuple):
 
 
 def outside_band(objective: Objective, p: Tensor) -> Tensor:
-    """Rows whose p lies outside the objective's band; a NaN does not: it must show, not vanish."""
+    """Rows whose p lies outside the objective's band. A NaN counts as inside, so that it stays visible."""
     return (p < objective.low) | (p > objective.high)
 
 

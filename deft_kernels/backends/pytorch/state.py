@@ -11,7 +11,7 @@ from ...core.spec import Spec
 from ...core.statistics import Field, Fields
 from .objectives import LN2
 
-# Offsets beyond are rounded by more than 2^x can bear, see `triton/arithmetic.py`.
+# The rounding of larger offsets is too large an error in 2^x, see `triton/arithmetic.py`.
 LARGEST_OFFSET = 2.0**28
 
 
@@ -29,7 +29,7 @@ def bounded(offset: Tensor) -> Tensor:
 def combine(states: Tensor, spec: Spec, k: float) -> tuple[Fields, Tensor | None]:
     """(statistics, sum_c w_c z_c if smoothing) of rows from their states [parts, N, size].
 
-    All parts but the one with the largest logit give up the column that their peak stands for.
+    In every part but the one with the largest logit, the column of the peak joins the sums again.
     """
     peaks, target = states[..., 0], states[..., 4].amax(0).double()
     offsets = offset_of(peaks, k).double()
@@ -94,7 +94,7 @@ def statistics_of(
     fields[Field.COLLISION] = (u + apart * apart) / (s * s)
     fields[Field.MAX_PROB] = torch.exp2(x_peak) / s
     if Field.PREDICTED in fields:
-        # A row of NaN or of masks alone predicts nothing.
+        # A row that is all NaN or all masked predicts nothing.
         fields[Field.PREDICTED] = fields[Field.PREDICTED].masked_fill(fields[Field.MAX_PROB].isnan(), 0.0)
     if t is not None:
         fields[Field.ENTROPY] = (log_sum - LN2 * (t - x_peak * rest) / s).clamp_(min=0.0)

@@ -1,4 +1,4 @@
-"""The walk over the rows in blocks: views of the tensors, the labels of a block, and what comes of each."""
+"""The rows in blocks: views of the tensors, the labels of a block, and the results of each block."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def blocks(elements: int, *tensors: Tensor) -> Iterator[tuple[slice, list[Tensor
 
 
 class Labels:
-    """What the passes need of the labels, found once a call: [N] each, None where it changes nothing."""
+    """What the passes need of the labels, computed once a call: [N] each, None where it would change
+    nothing."""
 
     def __init__(self, labels: Tensor, vocabulary: int, ignore_index: int):
         self.host = labels.device.type == "cpu"
@@ -46,7 +47,7 @@ class Labels:
             return
         inside = (labels >= 0) & (labels < vocabulary)
         self.valid = labels != ignore_index
-        # An out-of-range label gets this far on accelerators only: NaN, as documented.
+        # Only on an accelerator a label out of range comes here: NaN, as documented.
         self.known = inside | ~self.valid
         self.index = labels.where(inside, 0).unsqueeze(1)
         if self.host:

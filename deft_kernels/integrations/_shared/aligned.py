@@ -37,8 +37,8 @@ def _bare(model: Any) -> Any:
 def _makes_own_loss(model: Any) -> bool:
     """Whether a forward of transformers neither asks for loss_function nor has a name with "shift" in it.
 
-    Those are the decoders of encoder-decoder models (BartForCausalLM), whose loss takes aligned labels. Of a
-    forward from anywhere else nothing is known; it is taken for a causal model's.
+    Those are the decoders of encoder-decoder models (BartForCausalLM), whose loss takes aligned labels. A
+    forward from another package is assumed to be a causal model's.
     """
     for parent in type(model).__mro__:
         if "forward" not in vars(parent):

@@ -1,4 +1,5 @@
-"""Settings of a transformers-style trainer that would leave the gated loss out, refused with the remedy."""
+"""Settings of a transformers-style trainer with which it would not train the gated loss: they raise, with
+what to do."""
 
 from __future__ import annotations
 

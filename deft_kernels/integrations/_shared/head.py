@@ -1,6 +1,6 @@
 """A causal model taken apart: its backbone, its head, and what happens to the logits before the loss.
 
-That is asked of the model itself, with a small random head, so that no list of families is needed.
+The model itself shows it, run with a small random head, so that no list of families is needed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ...dtensors import is_dtensor
 
 OWN_LOGITS = "use set_loss_function(model), which takes the model's own logits"
-ROWS, WORDS = 8, 64  # of the probe: enough numbers to tell one factor from any other function
+ROWS, WORDS = 8, 64  # of the test: enough numbers to tell a factor from any other function
 
 
 def bare(model: Any, call: str) -> Any:
@@ -35,7 +35,8 @@ def bare(model: Any, call: str) -> Any:
 
 
 def backbone(model: Any, call: str) -> nn.Module:
-    """What makes the hidden states: `base_model`, or `model` where a class has no prefix of its own."""
+    """The module that makes the hidden states: `base_model`, or `model` if a class has no prefix of its
+    own."""
     for part in (model.base_model, getattr(model, "model", None)):
         if isinstance(part, nn.Module) and part is not model:
             return part
@@ -46,7 +47,8 @@ def backbone(model: Any, call: str) -> nn.Module:
 
 
 def innermost(model: Any, call: str) -> nn.Module:
-    """What every forward runs: the decoder, which OPT's forward calls past the backbone around it."""
+    """The module that every forward runs: the decoder. OPT's forward calls it directly, without the backbone
+    around it."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     return decoder if isinstance(decoder, nn.Module) and decoder is not model else backbone(model, call)
 
@@ -62,7 +64,7 @@ def refuse_adapter(head: Any, call: str) -> None:
 
 
 def plain_head(model: Any, call: str) -> nn.Linear:
-    """The output embeddings, if they are a matrix and nothing else; ValueError with the remedy if not."""
+    """The output embeddings, if they are a matrix and nothing else; otherwise ValueError, with what to do."""
     head = model.get_output_embeddings()
     if head is None:
         raise ValueError(
@@ -70,7 +72,7 @@ def plain_head(model: Any, call: str) -> nn.Linear:
             "model or keeps its head elsewhere; use transformers.apply(trainer)"
         )
     if hasattr(head, "modules_to_save") and not head.disable_adapters:
-        # PEFT keeps the head as it was beside the copy that is trained and used.
+        # PEFT keeps the original head next to the copy that is trained and used.
         (active,) = head.active_adapters
         head = head.modules_to_save[active]
     refuse_adapter(head, call)
@@ -102,11 +104,11 @@ def plain_head(model: Any, call: str) -> nn.Linear:
 def with_weights(
     head: nn.Linear, hidden: Tensor, make: Callable[[Tensor, Tensor, Tensor | None], Any]
 ) -> Any:
-    """make(hidden, weight, bias) of a head, inside its own call where FSDP2 has it as a group of its own.
+    """make(hidden, weight, bias) of a head, inside the head's own call if it is an FSDP2 group of its own.
 
-    Outside, its parameters are shards, and their gradient would miss what FSDP was told: by what to divide
-    it, when to reduce it, in which dtype to compute. FSDP's hooks around the head's call do all of it, as for
-    the head's own forward. `make` returns a loss, or a tuple that begins with it.
+    Outside of its call its parameters are shards, and their gradient would not follow FSDP's settings: by
+    what to divide it, when to reduce it, in which dtype to compute. FSDP's hooks around the head's call do
+    this, as for the head's own forward. `make` returns a loss, or a tuple that begins with it.
     """
     if not is_fully_sharded(head):
         return make(hidden, head.weight, head.bias)
@@ -114,7 +116,7 @@ def with_weights(
 
     def forward(hidden: Tensor) -> Any:
         made.append(make(hidden, head.weight, head.bias))
-        # FSDP hangs its backward on what comes back here, and casts a copy to its output's dtype.
+        # FSDP attaches its backward to what this returns, and casts a copy of it to its output dtype.
         return made[0][0] if isinstance(made[0], tuple) else made[0]
 
     setattr(head, "forward", forward)  # noqa: B010
@@ -126,7 +128,7 @@ def with_weights(
 
 
 def is_fully_sharded(module: nn.Module) -> bool:
-    """Whether `fully_shard` made a module a group of its own, or a part of one beside others."""
+    """Whether `fully_shard` made a module a group of its own, or a part of a group with others."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
@@ -154,7 +156,8 @@ class _Outputs:
 
 @contextmanager
 def _answering(model: Any, call: str, hidden: Tensor) -> Iterator[None]:
-    """While it lasts, the backbone computes nothing and returns `hidden`, and dropout is on, to show."""
+    """Inside this context the backbone computes nothing and returns `hidden`. Dropout is on, so that it would
+    show."""
     asked = {id(part): part for part in (backbone(model, call), innermost(model, call))}
     before = [(part, vars(part).get("forward")) for part in asked.values()]
     modes = [(module, module.training) for module in model.modules()]
@@ -175,8 +178,8 @@ def _answering(model: Any, call: str, hidden: Tensor) -> Iterator[None]:
 def logit_transform(model: Any, call: str) -> tuple[float, float | None]:
     """(scale, softcap) with model logits = softcap tanh(scale head(hidden) / softcap); None: no cap.
 
-    Found by asking the model: its own forward is run on random hidden states and a small random head, in
-    float64, with the backbone answering for itself. Costs no memory and needs no real weights, so it works
+    Found by running the model's own forward on random hidden states and a small random head, in float64, with
+    a backbone that only returns them. Costs no memory and needs no real weights, so it works
     on the meta device as well.
     Raises: ValueError when the logits are any other function of the product.
     """

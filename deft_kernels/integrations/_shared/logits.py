@@ -1,4 +1,4 @@
-"""`deft_loss` in the signatures in which transformers asks for a loss over logits."""
+"""`deft_loss` in the two signatures with which transformers calls a loss over logits."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class ComputeLoss(_OfLogits):
 class ForCausalLM(_OfLogits):
     """A causal model's `loss_function`; the signature of transformers' own.
 
-    Args: as `ComputeLoss`. Better given to a model by `set_loss_function`, which watches that it is used.
+    Args: as `ComputeLoss`. Better set by `set_loss_function`, which checks that it is used.
     Called with: logits [B, T, V], labels [B, T], vocab_size, num_items_in_batch, ignore_index, and under
         context parallelism shift_labels, which are aligned already. Other keywords are the attention's.
     """

@@ -1,4 +1,4 @@
-"""A model's own forward taken over: its loss function, or everything from the hidden states on."""
+"""A model's own forward changed: its loss function, or everything from the hidden states on."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def set_loss_function(
     shift: bool = True,
     **keywords: Unpack[LogitsKeywords],
 ) -> None:
-    """model.loss_function = ForCausalLM(objective, ...), and an error if a training step goes past it.
+    """model.loss_function = ForCausalLM(objective, ...), and an error if a training step does not use it.
 
     Args: model: a transformers model, or a PEFT model around one, before it is wrapped or compiled; the
         others as in `ComputeLoss`. Used in evaluation too, so eval_loss is gated.

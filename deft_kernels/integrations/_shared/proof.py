@@ -1,4 +1,4 @@
-"""`Calls`: whether a trainer trains a loss, and over whose items, for the callback that insists on it."""
+"""`Calls`: whether a trainer trains a loss, and by which number of items it divides. A callback checks it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def when_used(loss: Tensor, then: Callable[[], None]) -> None:
-    """Do it when a gradient comes to the loss; at once where that cannot be waited for, as while compiling.
+    """Call `then` when a gradient reaches the loss; at once while compiling, where no hook can wait for it.
 
-    A loss that was only called may have been left aside for another one.
+    A loss that was called, but gets no gradient, may have been replaced by another one.
     """
     if loss.requires_grad and not torch.compiler.is_compiling():
         loss.register_hook(lambda _gradient: then())
@@ -20,7 +20,7 @@ def when_used(loss: Tensor, then: Callable[[], None]) -> None:
 
 
 class Calls:
-    """What a loss was trained with since the last look.
+    """How a loss was called since the last `look`.
 
     Flags, not counts: a compiled forward writes them without being compiled again when they change.
     """
@@ -30,7 +30,7 @@ class Calls:
         self.own_mean = False
 
     def note(self, loss: Tensor, own_mean: bool = False) -> None:
-        """Of every call's loss. own_mean: it got no number of items and divides by its batch's own."""
+        """For the loss of each call. own_mean: it got no number of items and divides by its own batch's."""
         if torch.is_grad_enabled():
             when_used(loss, self.note_used)
             if own_mean:
@@ -40,7 +40,7 @@ class Calls:
         self.called = True
 
     def look(self) -> tuple[bool, bool]:
-        """(called, own_mean) since the last look, which they forget."""
+        """(called, own_mean) since the last `look`; then both start again."""
         seen = self.called, self.own_mean
         self.called = self.own_mean = False
         return seen

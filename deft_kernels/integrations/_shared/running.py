@@ -17,7 +17,7 @@ GATED = ("mean_alpha", "mean_gate")
 
 
 class RunningStatistics:
-    """Means over tokens since they were last asked for, of training and of evaluation apart.
+    """Means over tokens since the last `means`, separate for training and evaluation.
 
         nll          mean -logp: plain cross-entropy, comparable with other runs   nats
         mean_alpha   mean focus index                                              objectives that have one
@@ -26,8 +26,8 @@ class RunningStatistics:
         top1         share of tokens whose label is the most likely one
 
     A loss that was given this object updates it from the statistics of its own pass; nothing is read twice
-    and the host does not wait. Evaluation is told from training by whether gradients are enabled; there the
-    rows with which accelerate fills up the last batch are left out, but not under torch.compile.
+    and the host does not wait. It is evaluation if gradients are disabled. There the rows with which
+    accelerate pads the last batch are left out, except under torch.compile.
     """
 
     def __init__(self) -> None:
@@ -70,10 +70,11 @@ class RunningStatistics:
         self._sums.pop(training, None)
 
     def means(self, training: bool = True, device: torch.device | str = "cpu") -> dict[str, float]:
-        """Means over the tokens of all ranks since the last call, which they forget; {} when there were none.
+        """Means over the tokens of all ranks since the last call, then starts again; {} if there were no
+        tokens.
 
-        A collective where `torch.distributed` is initialised: call it on every rank. `device` is where a rank
-        without tokens of its own takes part.
+        A collective where `torch.distributed` is initialised: call it on every rank. A rank without tokens
+        takes part on `device`.
         """
         device = torch.device(device)
         dtype = torch.float32 if device.type == "mps" else torch.float64
@@ -83,7 +84,7 @@ class RunningStatistics:
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if distributed and torch.distributed.get_world_size() > 1:
             torch.distributed.all_reduce(sums)
-        # The ranks agree on what there is, also one that made no call.
+        # The ranks agree on the names, also with a rank that made no call.
         count, gated, *totals = sums.tolist()
         counts = {name: gated if name in GATED else count for name in NAMES}
         return {

@@ -42,7 +42,7 @@ def described(objective: str | Objective | Weighted | RowLoss) -> Objective | We
 
 
 def checked(call: str, table: Any, keywords: Mapping[str, object]) -> dict[str, Any]:
-    """The keywords, if all are in the table; TypeError otherwise, as none may be dropped without a word."""
+    """The keywords, if all are in the table; otherwise TypeError, as none may be dropped silently."""
     known = tuple(table.__annotations__)
     for name in keywords:
         if name not in known:

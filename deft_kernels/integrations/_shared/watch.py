@@ -1,4 +1,4 @@
-"""`Watch`: proof that a model's training forward came to the gated loss, or an error."""
+"""`Watch`: raises if a model's training forward does not use the gated loss."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .proof import when_used
 
 
 class Watch:
-    """Hooks a model's backbone, which every route to a loss runs, whatever replaces the model's forward.
+    """Hooks a model's backbone, which runs in every forward, whatever replaces the model's own.
 
-    The loss is shown to `seen`. A gradient that reaches the backbone's outputs before it reached that loss
-    raises: something has taken the gated loss's place. Under torch.compile, and with a frozen backbone, the
-    second training forward without a call of the loss raises.
+    `seen` gets the gated loss. If a gradient reaches the backbone's outputs without having passed that loss,
+    it raises: another loss is trained. Under torch.compile, and with a frozen backbone, the second training
+    forward without a call of the loss raises.
     """
 
     def __init__(self, backbone: nn.Module, call: str):
@@ -37,7 +37,7 @@ class Watch:
     def _started(self, module: nn.Module, _args: Any, output: Any) -> None:
         if not torch.is_grad_enabled():
             return
-        # A hook on a tensor would break a graph, and needs a gradient to come by.
+        # A hook on a tensor would break a graph, and does nothing without a gradient.
         compiling = torch.compiler.is_compiling()
         hidden = [] if compiling else [x for x in _tensors(output) if x.requires_grad]
         if not (hidden or module.training):
