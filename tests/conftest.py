@@ -34,13 +34,31 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     option = config.getoption
+    # xdist would hand out files by the number of their tests; the slowest have few.
+    config.option.loadscopereorder = False
     asked = emulation.INTERPRETER if os.environ.get("TRITON_INTERPRET", "0") == "1" else "90"
     emulation.choose(
         option("--ptx") or asked, option("--ptx-order"), option("--ptx-seed"), option("--ptx-noise")
     )
 
 
+# Files that take longest, so that none of them begins when all others are done.
+FIRST = (
+    "test_machine_code.py",
+    "test_parallel.py",
+    "test_linear_vocab_parallel.py",
+    "test_adding_an_objective.py",
+    "test_parallel_dtensor.py",
+    "test_predicted_parallel.py",
+    "test_torch_compile.py",
+    "test_kernel_traffic.py",
+    "test_documents.py",
+)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(FIRST)))
     if emulation.emulator() is None or config.getoption("--ptx-noise") == "exact":
         return
     for item in items:

@@ -26,6 +26,7 @@ LOG = "return tl.where(ordinary, n * LN2 + twice_artanh((m - 1.0) / (m + 1.0)), 
 # (file, line): reason
 LISTED = {
     ("arithmetic.py", LOG): ORDINARY,
+    ("objectives.py", "weight = tl.exp2(power * tl.log2(entropy * scale))"): ORDINARY,
     ("kernels.py", "if label != ignore_index:"): COUNTED,
     ("kernels.py", "if kept != 0.0:"): COUNTED,
     ("gradient_kernels.py", "if load_field(saved, row, FIELD.value.kept) != 0.0:"): COUNTED,
@@ -33,6 +34,9 @@ LISTED = {
     ("predicted.py", "if other < LANES:"): TIES,
     ("predicted.py", "while (other < LANES) & (taken >= settled):"): TIES,
     ("predicted.py", "while first < body.stop:"): TIES,
+    ("state.py", "while first + 4 * TILE <= last:"): TURNS,
+    ("state.py", "if first < last:"): TURNS,
+    ("state.py", "while first < last:"): TURNS,
     ("state.py", "while first < body.stop:"): TURNS,
     ("gradient.py", "while first + 2 * TILE <= last:"): TURNS,
     ("gradient.py", "while first < last:"): TURNS,
