@@ -96,7 +96,10 @@ def log2_scale(temperature: float, dtype: torch.dtype = torch.float32) -> float:
 
 def decode(code: str, numbers: list[float]) -> Spec:
     """The record that `Spec.encode` wrote (the objective's display name is not part of it)."""
-    return _decode(code, tuple(numbers))
+    # Compiled autograd traces this, and dynamo warns of caches.
+    kept: Any = _decode.__wrapped__ if torch.compiler.is_compiling() else _decode
+    spec: Spec = kept(code, tuple(numbers))
+    return spec
 
 
 def _quoted(name: str) -> str:
