@@ -220,7 +220,7 @@ def test_nothing_is_imported_before_it_is_asked_for() -> None:
     program = """
 import sys, deft_kernels
 assert not any(name.startswith("deft_kernels.diagnostics") for name in sys.modules)
-import deft_kernels.diagnostics
+import deft_kernels.diagnostics.figures, deft_kernels.diagnostics.command
 assert "matplotlib" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", program], check=True)
