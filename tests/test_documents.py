@@ -37,6 +37,8 @@ STACKS = sorted((ROOT / "docs" / "integrations").glob("*.md"))
 ALONE = {"README.md": (0, 1, 3, 4), "docs/linear.md": (0,)}
 # By tests/test_recipes.py.
 RECIPES = {"docs/recipes.md": (0, 1, 2)}
+# By tests/test_diagnostics_docs.py; a block over a trainer by tests/integrations.
+DIAGNOSTICS = {"docs/diagnostics.md": (0, 1, 2, 3, 4, 5)}
 ON_RANKS = {"README.md": (2,), "docs/parallel.md": (0, 1, 2, 3)}
 # A program of its own.
 PROGRAMS = {"docs/kernels.md": (0,)}
@@ -73,7 +75,7 @@ def test_every_block_is_run() -> None:
     """A new block wants a place in ALONE or ON_RANKS, or a test beside its stack."""
     for page in PAGES:
         blocks = set(range(len(fenced(page, "python"))))
-        placed = (places.get(page, ()) for places in (ALONE, ON_RANKS, PROGRAMS, RECIPES))
+        placed = (places.get(page, ()) for places in (ALONE, ON_RANKS, PROGRAMS, RECIPES, DIAGNOSTICS))
         assert blocks == set(chain(*placed)), page
         fences = re.findall(r"^```(\w+)$", text(page), flags=re.MULTILINE)
         assert set(fences) <= {"python", "sh"}, page
