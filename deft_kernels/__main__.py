@@ -1,8 +1,13 @@
-"""`python -m deft_kernels`: versions, devices, the backend a call would take and why, one checked call."""
+"""`python -m deft_kernels`: versions, devices, the backend a call would take and why, one checked call.
+
+`python -m deft_kernels report FILE...` writes a page about saved logits (docs/diagnostics.md).
+"""
 
 from __future__ import annotations
 
 import platform
+import sys
+from collections.abc import Sequence
 from importlib import metadata
 
 import torch
@@ -81,5 +86,18 @@ def main() -> int:
     return int(failed)
 
 
+def command(arguments: Sequence[str]) -> int:
+    """Without arguments the doctor."""
+    if not arguments:
+        return main()
+    if arguments[0] == "report":
+        from .diagnostics import command as report
+
+        return report.main(arguments[1:])
+    known = "nothing, for versions and a check, or: report FILE..."
+    print(f"python -m deft_kernels: unknown {arguments[0]!r}; expected {known}", file=sys.stderr)
+    return 2
+
+
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(command(sys.argv[1:]))

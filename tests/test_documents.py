@@ -37,6 +37,8 @@ STACKS = sorted((ROOT / "docs" / "integrations").glob("*.md"))
 ALONE = {"README.md": (0, 1, 3, 4), "docs/linear.md": (0,)}
 # By tests/test_recipes.py.
 RECIPES = {"docs/recipes.md": (0, 1, 2)}
+# By tests/test_diagnostics_docs.py; a block over a trainer by tests/integrations.
+DIAGNOSTICS = {"docs/diagnostics.md": (0, 1, 2, 3, 4, 5)}
 ON_RANKS = {"README.md": (2,), "docs/parallel.md": (0, 1, 2, 3)}
 # By tests/test_adding_an_objective.py: blocks of `diff`, and a command that runs where they were applied.
 FOLLOWED = "docs/objectives.md"
@@ -77,7 +79,7 @@ def test_every_block_is_run() -> None:
     """A new block wants a place in ALONE or ON_RANKS, or a test beside its stack."""
     for page in PAGES:
         blocks = set(range(len(fenced(page, "python"))))
-        placed = (places.get(page, ()) for places in (ALONE, ON_RANKS, PROGRAMS, RECIPES))
+        placed = (places.get(page, ()) for places in (ALONE, ON_RANKS, PROGRAMS, RECIPES, DIAGNOSTICS))
         assert blocks == set(chain(*placed)), page
         fences = re.findall(r"^```(\w+)$", text(page), flags=re.MULTILINE)
         assert set(fences) <= ({"diff", "sh"} if page == FOLLOWED else {"python", "sh"}), page

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import TrainerCallback
 
+from ..core.statistics import RowStatistics
+from ..diagnostics import Recorder
 from ._shared.checks import refuse_dividing_twice, refuse_label_smoothing, refuse_means_of_means
 from ._shared.proof import Calls
 from ._shared.running import RunningStatistics
@@ -104,3 +109,48 @@ class StatisticsCallback(ProofCallback):
         logs.update(means)
         if state.log_history:
             state.log_history[-1].update(means)  # a copy of the logs, made before the callbacks' turn
+
+
+class RecordingCallback(TrainerCallback):  # type: ignore[misc]
+    """Gives the loss's statistics to a recorder, and saves it with each checkpoint and at the end.
+
+        statistics = apply(trainer)
+        trainer.add_callback(RecordingCallback(statistics, Recorder(), "run.npz"))
+
+    The file holds all ranks' tokens, of training alone; a step is the trainer's global step. A second train()
+    adds to the same recorder. Under torch.compile the graph breaks where the recorder is called.
+
+    Args: statistics: the loss's, as `apply` returns it; recorder: made alike on every rank; path: of the npz.
+    Raises: TypeError for other types; OSError naming the file and the field where it cannot be written.
+    """
+
+    def __init__(self, statistics: RunningStatistics, recorder: Recorder, path: str | Path):
+        if not isinstance(statistics, RunningStatistics):
+            raise TypeError(f"statistics: expected a RunningStatistics, got {type(statistics).__name__}")
+        if not isinstance(recorder, Recorder):
+            raise TypeError(f"recorder: expected a Recorder, got {type(recorder).__name__}")
+        self.statistics, self.recorder, self.path = statistics, recorder, Path(path)
+        self.step = 0
+        self._watcher: Any = torch.compiler.disable(self._watch)  # a recorder counts on the host
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        if self._watcher not in self.statistics.watchers:
+            self.statistics.watchers.append(self._watcher)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        self.step = state.global_step
+
+    def on_save(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        self.recorder.save(self.path, torch.distributed.group.WORLD if distributed else None)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        self.statistics.watchers.remove(self._watcher)
+        self.on_save(args, state, control)
+
+    def _watch(self, stats: RowStatistics, valid: Tensor, training: bool) -> None:
+        if not training:
+            return
+        # The mask of shifted labels lacks the last position, which counts for nothing.
+        missing = stats.logp.shape[-1] - valid.shape[-1]
+        self.recorder.add(stats, torch.nn.functional.pad(valid, (0, missing)), step=self.step)

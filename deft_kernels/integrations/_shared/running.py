@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ class RunningStatistics:
     def __init__(self) -> None:
         self._sums: dict[bool, Tensor] = {}
         self.calls = Calls()
+        # Called with each call's rows, those that count, and whether it is training.
+        self.watchers: list[Callable[[RowStatistics, Tensor, bool], None]] = []
 
     def update(self, stats: RowStatistics, valid: Tensor) -> None:
         """Add the rows of one call. stats: [...]; valid: [...], bool, the rows whose label counts."""
@@ -47,6 +50,8 @@ class RunningStatistics:
         if not training and (repeated := _repeated(len(stats.logp) if stats.logp.dim() else 0)):
             stats = RowStatistics(*(None if s is None else s[:-repeated] for s in stats))  # type: ignore[arg-type]
             valid = valid[:-repeated]
+        for watcher in self.watchers:
+            watcher(stats, valid, training)
         # Ignored rows hold zeros. Doubles, because a long interval between logs counts more tokens than
         # fp32 can; Apple's devices have none.
         dtype = torch.float32 if stats.logp.device.type == "mps" else torch.float64
