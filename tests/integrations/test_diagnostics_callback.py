@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import pytest
+import ranks
 import torch
+import torch.distributed as dist
 from documents import execute
 from routes import ROUTES, prepared
 from tiny import batch, examples, llama, losses, trainer
@@ -81,3 +87,38 @@ def test_the_pages_block(tmp_path, monkeypatch):
     execute("docs/diagnostics.md", 2, {"trainer": run, "Recorder": Recorder})
     run.train()
     assert Recording.load("trained.npz").mean("nll") == pytest.approx(np.mean(losses(run, "nll")), rel=0.2)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_torch_compile(route, tmp_path, pytestconfig):
+    """The recorder counts on the host, outside of the graph."""
+    settings = {"torch_compile": True, "torch_compile_backend": pytestconfig.getoption("compile_backend")}
+    run = prepared(route, tmp_path, llama(num_hidden_layers=1), **settings)
+    run.add_callback(RecordingCallback(statistics_of(run), Recorder(), tmp_path / "run.npz"))
+    run.train()
+    step, nll, _ = Recording.load(tmp_path / "run.npz").over_time("nll")
+    assert step.tolist() == [0, 1, 2]
+    assert nll == pytest.approx(losses(run, "nll"), rel=1e-5)
+
+
+def recorded_by_two_ranks():
+    rank = str(dist.get_rank())
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # not used, the group is there
+    folder = [tempfile.mkdtemp()] if dist.get_rank() == 0 else [None]
+    dist.broadcast_object_list(folder)
+    path = Path(folder[0]) / "run.npz"
+    settings = {"per_device_train_batch_size": 4, "ddp_backend": "gloo"}
+    run = prepared("compute_loss_func", Path(folder[0]), **settings)
+    run.add_callback(RecordingCallback(statistics_of(run), Recorder(), path))
+    run.train()
+    dist.barrier()
+    found = Recording.load(path)
+    assert found.over_time("nll")[1] == pytest.approx(losses(run, "nll"), rel=1e-5)
+    assert found.count == sum(int((row["labels"][1:] != -100).sum()) for row in examples(24))
+    assert len(set(found.token("id"))) == found.count
+
+
+def test_two_ranks():
+    outcomes = ranks.run([recorded_by_two_ranks], ranks=2, gpus=False)
+    assert outcomes["recorded_by_two_ranks"] == ["passed"] * 2, "\n".join(outcomes["recorded_by_two_ranks"])
