@@ -16,7 +16,7 @@ from .core.groups import VocabShard, total
 from .core.inputs import ahead
 from .core.reduction import class_weights
 from .core.settings import Request
-from .core.statistics import RowStatistics
+from .core.statistics import RowStatistics, loss_dtype
 from .objectives import Objective
 
 
@@ -242,7 +242,7 @@ def _count_all_rows(layout: _Layout, logits: Any, labels: Tensor, request: Reque
     wrong = ((counted < 0) | (counted >= size)) & valid
     visible = labels.device.type == "cpu" or validating()
     own_mean = request.reduction == "mean" and request.num_items is None
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = loss_dtype(logits.dtype)
     kept = valid if weight is None else torch.where(valid, class_weights(weight, counted, dtype), 0.0)
     sums = torch.stack([kept.sum().to(dtype), wrong.sum().to(dtype)])
     if own_mean or validating():

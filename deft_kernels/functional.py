@@ -17,7 +17,7 @@ from .core.keywords import named, showing
 from .core.reduction import Weighting, in_forward, own_rows
 from .core.settings import LossOfLogits, OfRows, Request, checked
 from .core.spec import Spec
-from .core.statistics import Field, RowStatistics, detached, predicted_classes, statistics_record
+from .core.statistics import Field, RowStatistics, detached, differentiable_record, statistics_record
 from .core.validation import in_step
 from .dtensors import is_dtensor, loss_of_dtensor, refuse_dtensors, statistics_of_dtensor
 from .objectives import Objective
@@ -189,11 +189,8 @@ def _few_launches(logits: Tensor, labels: Tensor, weighting: Weighting, spec: Sp
 def _loss_with_gradient(
     logits: Tensor, labels: Tensor, weighting: Weighting, ignore_index: int, spec: Spec
 ) -> tuple[Tensor, Tensor]:
-    if _few_launches(logits, labels, weighting, spec):
-        scale = functions.mean_scale(labels, ignore_index)
-    else:
-        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        scale = weighting.row_scale(labels != ignore_index, labels, dtype)
+    by_kernel = _few_launches(logits, labels, weighting, spec)
+    scale = functions.row_scale(weighting, labels, ignore_index, logits.dtype, by_kernel=by_kernel)
     return functions.loss_with_gradient(logits, labels, scale, weighting.class_weight, ignore_index, spec)
 
 
@@ -297,17 +294,7 @@ def statistics_of_logits(logits: Tensor, labels: Tensor, request: Request) -> Ro
         values = reference.statistics(z, flat.reshape(shape), ignore_index)
         return RowStatistics(**reference.without_ignored(values, valid))
     checks.check_no_transform(logits)
-    spec = Spec(
-        objectives.of_statistics(),
-        softcap=request.softcap,
-        temperature=request.temperature,
-        statistics=True,
-        backend=chosen,
-        shard=shard,
-    )
+    spec = request.spec_of_statistics(chosen, shard)
     code, numbers = spec.encode()
     outputs = logits_operators.statistics(addressable(logits), flat, ignore_index, code, numbers)
-    logp, lse, collision, entropy, max_prob = (value.reshape(shape) for value in outputs[:5])
-    correct = outputs[5][Field.CORRECT].reshape(shape) != 0
-    predicted = predicted_classes(outputs[5], shape, spec.vocabulary(logits.shape[-1]))
-    return RowStatistics(logp, lse, collision, entropy, max_prob, correct, predicted=predicted)
+    return differentiable_record(outputs, shape, spec.vocabulary(logits.shape[-1]))

@@ -12,7 +12,7 @@ from .backends.pytorch.objectives import evaluate, outside_band
 from .core.checks import check_dense, check_no_transform, kind_of
 from .core.groups import batch_mean
 from .core.keywords import named
-from .core.statistics import Field
+from .core.statistics import Field, loss_dtype
 from .objectives import Objective
 
 
@@ -115,7 +115,7 @@ def gated_loss(
     for key, tensor in (("logp", logp), *given.items()):
         if tensor is not None:
             check_no_transform(tensor, key, "deft_kernels.reference has the formulas in plain PyTorch")
-    dtype = torch.float64 if logp.dtype == torch.float64 else torch.float32
+    dtype = loss_dtype(logp.dtype)
     mask = torch.ones_like(logp, dtype=torch.bool) if valid is None else valid.bool()
 
     def counted(statistic: Tensor | None) -> Tensor | None:

@@ -20,7 +20,7 @@ from .core.keywords import named, showing
 from .core.reduction import Weighting, in_forward_obstacle, own_rows
 from .core.settings import LossOfHidden, Request, RowsOfHidden, checked
 from .core.spec import Spec
-from .core.statistics import Field, RowStatistics, detached, predicted_classes, statistics_record
+from .core.statistics import Field, RowStatistics, detached, differentiable_record, statistics_record
 from .core.validation import in_step
 from .dtensors import is_dtensor, refuse_dtensors, whole
 from .functional import Loss, loss_of_logits, statistics_of_logits
@@ -250,10 +250,9 @@ class _Call:
 
     def _scale(self, weighting: Weighting) -> Tensor:
         """d loss / d row of a mean or a sum, [N]."""
-        if self.backend == "triton" and weighting.counts_rows and not watched(self.labels):
-            return functions.mean_scale(self.labels, self.ignore_index)
-        dtype = torch.float64 if self.product == torch.float64 else torch.float32
-        return weighting.row_scale(self.labels != self.ignore_index, self.labels, dtype)
+        by_kernel = self.backend == "triton" and weighting.counts_rows and not watched(self.labels)
+        args = (weighting, self.labels, self.ignore_index, self.product)
+        return functions.row_scale(*args, by_kernel=by_kernel)
 
     def _in_forward(self, spec: Spec, weighting: Weighting) -> bool:
         if not any(self.wanted) or self.product == torch.float16:
@@ -296,16 +295,6 @@ class _Call:
 
     def statistics(self, request: Request) -> RowStatistics:
         """Every row's statistics, differentiable."""
-        spec = Spec(
-            objectives.of_statistics(),
-            softcap=request.softcap,
-            temperature=request.temperature,
-            statistics=True,
-            backend=self.backend,
-            shard=self.shard,
-        )
-        *vectors, rows = hidden_operators.statistics(*self.inputs, self.labels, *self._settings(spec))
-        logp, lse, collision, entropy, max_prob = (vector.reshape(self.shape) for vector in vectors)
-        correct = rows[Field.CORRECT].reshape(self.shape) != 0
-        predicted = predicted_classes(rows, self.shape, self.vocabulary)
-        return RowStatistics(logp, lse, collision, entropy, max_prob, correct, predicted=predicted)
+        spec = request.spec_of_statistics(self.backend, self.shard)
+        outputs = hidden_operators.statistics(*self.inputs, self.labels, *self._settings(spec))
+        return differentiable_record(outputs, self.shape, self.vocabulary)

@@ -10,12 +10,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from ..core.agreement import gathered
 from ..core.groups import Shard
 from ..core.spec import Spec
+from ..core.statistics import loss_dtype
 from .states import identity
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class Sharded:
         local = self._local(labels, width).where(labels != ignore_index, -1)
         # Columns that do not fit have changed since the ranks last asked; the all-gather will notice.
         if width == 0 or self.shard.start + width > self.shard.size:
-            dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+            dtype = loss_dtype(logits.dtype)
             states = identity(labels.numel(), spec, logits, dtype)
         else:
             weight = self._columns(class_weight, width)

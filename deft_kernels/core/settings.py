@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypedDict
 
 from torch import Tensor
 
-from ..objectives import Objective
+from ..objectives import Objective, of_statistics
 from ..weighted import Weighted
 from . import checks
 from .groups import Shard, VocabShard
@@ -162,6 +162,17 @@ class Request(NamedTuple):
             self.inplace,
             backend,
             shard,
+        )
+
+    def spec_of_statistics(self, backend: str, shard: Shard | None) -> Spec:
+        """Of `row_statistics`: what acts on the logits, and every statistic."""
+        return Spec(
+            of_statistics(),
+            softcap=self.softcap,
+            temperature=self.temperature,
+            statistics=True,
+            backend=backend,
+            shard=shard,
         )
 
     def weighting(self) -> Weighting:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -39,6 +39,12 @@ class RowStatistics(NamedTuple):
 
 # An objective of the caller's own: each row's loss from differentiable statistics.
 RowLoss = Callable[[RowStatistics], Tensor]
+
+
+def loss_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of losses and statistics of logits of that dtype: float64 stays, all else is float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
 
 # Classes that every fp32 number can tell apart, 1 to 2^24.
 COUNTABLE = 2**24
@@ -120,6 +126,14 @@ def pack(fields: Fields) -> Tensor:
     """[len(Field), R], in one operator instead of a store for each field."""
     zero = torch.zeros_like(fields[Field.LOGP])
     return torch.stack([fields.get(field, zero) for field in Field])
+
+
+def differentiable_record(outputs: Sequence[Tensor], shape: torch.Size, vocabulary: int) -> RowStatistics:
+    """The public record of what an operator of statistics returns: the five differentiable ones, and rows."""
+    *vectors, rows = outputs
+    logp, lse, collision, entropy, max_prob = (vector.reshape(shape) for vector in vectors)
+    correct, predicted = rows[Field.CORRECT].reshape(shape) != 0, predicted_classes(rows, shape, vocabulary)
+    return RowStatistics(logp, lse, collision, entropy, max_prob, correct, predicted=predicted)
 
 
 def statistics_record(rows: Tensor, shape: torch.Size, vocabulary: int) -> RowStatistics:

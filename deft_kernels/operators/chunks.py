@@ -18,7 +18,7 @@ from torch import Tensor
 from ..backends.interface import Backend
 from ..core.groups import Shard, batch_mean
 from ..core.spec import Spec
-from ..core.statistics import Field
+from ..core.statistics import Field, loss_dtype
 from ..objectives import nll
 from .chunk_gradients import BiasGradient, HiddenGradient, WeightGradient
 
@@ -110,7 +110,7 @@ class Results:
     """Losses and rows of the whole batch, filled by chunks; what no chunk fills stays 0."""
 
     def __init__(self, head: Head):
-        dtype = torch.float64 if head.product == torch.float64 else torch.float32
+        dtype = loss_dtype(head.product)
         count = head.hidden.shape[0]
         self.loss = torch.zeros(count, dtype=dtype, device=head.hidden.device)
         self.rows = torch.zeros(len(Field), count, dtype=dtype, device=head.hidden.device)

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from ..backends import implementation, triton_backend
 from ..core import validation
+from ..core.reduction import Weighting
 from ..core.spec import Spec
+from ..core.statistics import loss_dtype
 from . import in_place
 from . import logits as logits_operators
 from .eager import watched
@@ -46,9 +48,16 @@ def loss_with_gradient(
     return loss, rows
 
 
-def mean_scale(labels: Tensor, ignore_index: int) -> Tensor:
-    """1 over the number of rows that count, [N] with stride 0, by one launch."""
-    return triton_backend().mean_scale(labels, ignore_index)
+def row_scale(
+    weighting: Weighting, labels: Tensor, ignore_index: int, dtype: torch.dtype, *, by_kernel: bool
+) -> Tensor:
+    """d loss / d row of a mean or a sum over logits of `dtype`, [N].
+
+    by_kernel: of a mean over the rows that count, on the Triton backend: one launch instead of several.
+    """
+    if by_kernel:
+        return triton_backend().mean_scale(labels, ignore_index)
+    return weighting.row_scale(labels != ignore_index, labels, loss_dtype(dtype))
 
 
 def mean_loss(logits: Tensor, labels: Tensor, ignore_index: int, spec: Spec) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from ..backends.interface import Backend
 from ..backends.pytorch.finish import gradient_fields
 from ..core import checks, validation
 from ..core.spec import decode
-from ..core.statistics import Field
+from ..core.statistics import Field, loss_dtype
 from . import chunks
 from .chunks import Head
 from .eager import function_of, watched
@@ -29,7 +29,7 @@ def outside_autocast(hidden: Tensor) -> torch.autocast:
 
 
 def _results(hidden: Tensor, product: torch.dtype) -> Tuple[Tensor, Tensor]:
-    dtype = torch.float64 if product == torch.float64 else torch.float32
+    dtype = loss_dtype(product)
     count = hidden.shape[0]
     return hidden.new_empty(count, dtype=dtype), hidden.new_empty((len(Field), count), dtype=dtype)
 

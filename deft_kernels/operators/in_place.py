@@ -10,8 +10,8 @@ from torch import Tensor
 from ..backends import implementation
 from ..core import validation
 from ..core.spec import decode
-from ..core.statistics import Field
-from .logits import match_upstream_, no_double_backward, rows_dtype
+from ..core.statistics import Field, loss_dtype
+from .logits import match_upstream_, no_double_backward
 
 # Annotations as in `logits`.
 
@@ -51,7 +51,7 @@ def row_loss_with_gradient_(
 
 @row_loss_with_gradient_.register_fake
 def _(logits, labels, row_scale, class_weight, ignore_index, code, numbers):
-    dtype, count = rows_dtype(logits), labels.shape[0]
+    dtype, count = loss_dtype(logits.dtype), labels.shape[0]
     return logits.new_empty((), dtype=dtype), logits.new_empty((len(Field), count), dtype=dtype)
 
 

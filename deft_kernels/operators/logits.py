@@ -17,14 +17,10 @@ from ..backends import implementation
 from ..backends.pytorch.finish import gradient_fields
 from ..core import validation
 from ..core.spec import Spec, decode
-from ..core.statistics import Field
+from ..core.statistics import Field, loss_dtype
 from .eager import function_of, watched
 
 # torch.library infers an operator's schema from annotations, so they are spelled with `typing` here.
-
-
-def rows_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 @torch.library.custom_op("deft_kernels::row_loss", mutates_args=())
@@ -44,7 +40,7 @@ def row_loss(
 
 @row_loss.register_fake
 def _(logits, labels, class_weight, ignore_index, code, numbers):
-    dtype, count = rows_dtype(logits), labels.shape[0]
+    dtype, count = loss_dtype(logits.dtype), labels.shape[0]
     return logits.new_empty(count, dtype=dtype), logits.new_empty((len(Field), count), dtype=dtype)
 
 
@@ -70,7 +66,7 @@ def row_loss_with_gradient(
 
 @row_loss_with_gradient.register_fake
 def _(logits, labels, row_scale, class_weight, ignore_index, code, numbers):
-    dtype, count = rows_dtype(logits), labels.shape[0]
+    dtype, count = loss_dtype(logits.dtype), labels.shape[0]
     rows = logits.new_empty((len(Field), count), dtype=dtype)
     return logits.new_empty((), dtype=dtype), rows, logits.new_empty(logits.shape)
 
@@ -150,7 +146,7 @@ def row_statistics(
 
 @row_statistics.register_fake
 def _(logits, labels, ignore_index, code, numbers):
-    dtype, count = rows_dtype(logits), labels.shape[0]
+    dtype, count = loss_dtype(logits.dtype), labels.shape[0]
     vectors = (logits.new_empty(count, dtype=dtype) for _ in range(5))
     return (*vectors, logits.new_empty((len(Field), count), dtype=dtype))
 

@@ -208,8 +208,7 @@ def loss(
     if in_forward and torch.is_grad_enabled() and logits.requires_grad:
         if watched(logits, labels):
             raise ValueError("grad_in_forward: not available for objectives.weighted where a call is traced")
-        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        scale = weighting.row_scale(labels != ignore_index, labels, dtype)
+        scale = functions.row_scale(weighting, labels, ignore_index, logits.dtype, by_kernel=False)
         return LossWithGradient.apply(logits, labels, scale, classes, rows, plain, weights, spec)
     losses, rows = row_loss(logits, labels, classes, rows, plain, weights, *spec.encode())
     return weighting.reduce(losses, rows[Field.KEPT] != 0, labels), rows

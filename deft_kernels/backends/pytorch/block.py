@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...core.spec import Spec, log2_scale
-from ...core.statistics import Field, Fields
+from ...core.statistics import Field, Fields, loss_dtype
 from .state import LARGEST_OFFSET, bounded, offset_of, statistics_of
 
 # Elements in a block: one fp32 buffer of 8 MiB, or two of 4 MiB where passes need two (the entropy,
@@ -20,10 +20,6 @@ STRETCH = 1280
 # The largest sum e^(z_j - z_y): its square fits fp32, and so does a gate of 2^-50 divided by it and by the
 # rows.
 LARGEST_SUM = 2.0**50
-
-
-def accumulation_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def largest(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,7 +61,7 @@ class Block:
 
     def __init__(self, logits: Tensor, spec: Spec, class_weight: Tensor | None):
         self.spec = spec
-        self.dtype = accumulation_dtype(logits)
+        self.dtype = loss_dtype(logits.dtype)
         self.vocabulary = logits.shape[-1]
         self.device = logits.device
         # Whether a row's offset may be its target's logit. Exponents far from 0 are rounded by up to 1e-6,
