@@ -178,9 +178,9 @@ def test_three_products():
 
     def products(objective) -> int:
         inputs = [t.requires_grad_() for t in head("cpu")[:2]]
-        with torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True
-        ) as seen:
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        # Without `acc_events` torch 2.11 warns that it would clear events.
+        with torch.profiler.profile(activities=activities, record_shapes=True, acc_events=True) as seen:
             fused_linear_deft_loss(*inputs, labels, objective=objective).backward()
         sizes = [e.input_shapes for e in seen.events() if e.name in ("aten::mm", "aten::addmm")]
         return sum(V in {n for shape in shapes for n in shape} for shapes in sizes)
