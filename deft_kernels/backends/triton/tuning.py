@@ -86,10 +86,12 @@ def fused(vocabulary: int, itemsize: int, lean: bool, warp: int = 32) -> Launch:
     Between its two passes a program loads nothing, and all its warps compute the row's formulas: so fewer
     warps, each with more in flight (`deep`), where their registers still let as many rows in.
 
-    lean: see `launch.lean`; 32 warps then have registers enough. Copies, in place, not deep and deep:
-    V = 32,000: 1.35 (16 warps), 1.23 (8, 64 registers); 50,257: 1.35 (16), 1.38 (8); 128,256: 1.27 (32),
-    1.36 (16) and 1.32 (32); 262,144: 1.40 (32), whose rows no longer fit, 1.39 (32). With the entropy:
-    1.49, 1.43 (8); 1.56, 1.42 (8); 1.48, 1.40 (16); 1.67, 1.46 (16).
+    lean: see `launch.lean`; 32 warps then have registers enough. Copies, in place, not deep and deep, by
+    warps, H200: V = 32,000: 1.35 (16), 1.23 (8); 50,257: 1.35 (16), 1.38 (8); 128,256: 1.27 (32), 1.32 (32);
+    262,144: 1.40 (32), whose rows no longer fit, 1.39 (32). With the entropy: 1.49, 1.43 (8); 1.56, 1.42 (8);
+    1.48, 1.40 (16); 1.67, 1.46 (16). H100: 1.11, 1.09 (8); 1.14, 1.18 (8), 1.11 (16); 1.09, 1.06 (32); 1.34,
+    1.37 (32). With the entropy: 1.23, 1.15 (8); 1.28, 1.20 (8); 1.24, 1.16 (16); 1.46, 1.34 (16).
+    80 registers: three programs of 8 warps share a multiprocessor (72, measured: 1.09; 64, four: 1.14).
     """
     width, row = 16 // itemsize, vocabulary * itemsize
     wide = row >= WIDE_ROW
@@ -100,7 +102,7 @@ def fused(vocabulary: int, itemsize: int, lean: bool, warp: int = 32) -> Launch:
     elif row >= NARROW_ROW or row < DEEP_TURN:
         most, deep, registers = 16, False, 0
     else:
-        most, deep, registers = 8, True, 72
+        most, deep, registers = 8, True, 80
     # 512 threads on wavefronts of 64: with 1024, gfx942 has 128 registers a thread and spills.
     most = most if warp == 32 else min(most, 8)
     warps = _warps(vocabulary, width, warp, most)
