@@ -79,3 +79,18 @@ def test_value_and_gradients(name, dtype):
     if name != "anchored_loss":
         ratio = (statistics(*exact, labels)[0] - other.double()).exp()[labels != -100]
         assert (ratio > 1.28).any() and (ratio < 0.72).any() and ((ratio > 0.8) & (ratio < 1.2)).any()
+
+
+def test_domains_with_gates_of_their_own() -> None:
+    """Each token by the formula with its domain's alpha, 0 among them."""
+    names: dict[str, object] = {"torch": torch}
+    for block in range(4):
+        names = execute("docs/recipes.md", block, names)
+    hidden, weight, labels, _, _ = given(torch.float64)
+    domain = torch.arange(B * T).reshape(B, T) % 3
+    table = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
+    loss = names["mixed_loss"](hidden @ weight.T, labels, domain, table)  # type: ignore[operator]
+    logp, _, valid = statistics(hidden, weight, labels)
+    p = logp.exp()
+    rows = torch.stack([-logp, (1 - p.sqrt()) / 0.5, 1 - p])
+    torch.testing.assert_close(loss, rows.gather(0, domain.unsqueeze(0))[0][valid].mean())
