@@ -33,7 +33,7 @@ from .core.bands import bounds
 from .core.checks import flag, kind_of, number
 from .core.groups import group_name
 from .row_objectives import RowObjective as RowObjective
-from .row_objectives import tsallis_of_rows
+from .row_objectives import tsallis_of_rows as _tsallis_of_rows
 from .weighted import Weighted as Weighted
 from .weighted import chord as chord
 from .weighted import mile as mile
@@ -171,7 +171,7 @@ def tsallis(alpha: float | Tensor | None = None, *, q: float | None = None) -> O
     if (alpha is None) == (q is None):
         raise ValueError("tsallis: give exactly one of alpha and q (q = 1 - alpha)")
     if isinstance(alpha, Tensor):
-        return tsallis_of_rows(alpha)
+        return _tsallis_of_rows(alpha)
     value = number("alpha", alpha, 0.0) if alpha is not None else 1.0 - number("q", q, -math.inf, 1.0)
     return Objective("tsallis", "deformed", "fixed", alpha=value)
 
