@@ -36,7 +36,7 @@ STACKS = sorted((ROOT / "docs" / "integrations").glob("*.md"))
 # The Python blocks of these pages by what a test gives them: whole tensors, or the parts of two ranks.
 ALONE = {"README.md": (0, 1, 3, 4), "docs/linear.md": (0,)}
 # By tests/test_recipes.py.
-RECIPES = {"docs/recipes.md": (0, 1, 2)}
+RECIPES = {"docs/recipes.md": (0, 1, 2, 3, 4, 5)}
 # By tests/test_diagnostics_docs.py; a block over a trainer by tests/integrations.
 DIAGNOSTICS = {"docs/diagnostics.md": (0, 1, 2, 3, 4, 5)}
 ON_RANKS = {"README.md": (2,), "docs/parallel.md": (0, 1, 2, 3)}
