@@ -55,7 +55,7 @@ def apply(
         of its data sets, whose channels are logged too.
     Returns: the loss's `RunningStatistics`, those that are logged.
     Raises: ValueError for settings that would be ignored: a compute_loss_func of its own,
-        label_smoothing_factor, Liger's fused flag, context parallelism, several ranks without
+        label_smoothing_factor, Liger's fused flag, DeepSpeed sequence parallelism, several ranks without
         average_tokens_across_devices; for a model whose labels are aligned with its logits, without
         shift=False; each with what to do. TypeError for another trainer.
     """

@@ -25,6 +25,11 @@ KEYS = {CHANNEL: "deft_kernels_channel", TOKEN_WEIGHT: "deft_kernels_token_weigh
 PADDING = {CHANNEL: 0, TOKEN_WEIGHT: 1.0}
 DTYPES = {CHANNEL: torch.int64, TOKEN_WEIGHT: torch.float32}
 
+AMONG_PIECES = (
+    "columns: not available with shift_labels, which are a part of each sequence under context or sequence "
+    "parallelism; a column of the data set is whole"
+)
+
 
 class Columns:
     """Columns of a data set that go with its tokens into the loss: to which kind of data a token belongs, and

@@ -13,7 +13,7 @@ from ...core.statistics import RowLoss
 from ...functional import deft_loss
 from ...objectives import Objective
 from .checks import check_caller
-from .columns import Columns, checked_columns
+from .columns import AMONG_PIECES, Columns, checked_columns
 from .proof import Calls
 from .running import RunningStatistics
 from .settings import LogitsKeywords, checked, counted, denominator, described, recorder
@@ -60,6 +60,10 @@ class _OfLogits:
         self.calls.note(loss, own_mean=num_items is None)
         return loss
 
+    def _refuse_columns(self) -> None:
+        if self.columns is not None:
+            raise ValueError(AMONG_PIECES)
+
 
 class ComputeLoss(_OfLogits):
     """A `Trainer`'s compute_loss_func: `deft_loss` of outputs.logits, shifted, over num_items_in_batch.
@@ -78,7 +82,7 @@ class ComputeLoss(_OfLogits):
     """
 
     def __call__(self, outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Tensor:
-        check_caller(self, self.shift)
+        shifted = check_caller(self, self.shift)
         if isinstance(outputs, Mapping):
             logits = outputs.get("logits")
         else:
@@ -102,7 +106,10 @@ class ComputeLoss(_OfLogits):
                 "shift: this is an encoder-decoder model, whose labels are aligned with its logits; use "
                 "ComputeLoss(..., shift=False)"
             )
-        return self._loss(logits, labels, self.shift, num_items_in_batch, -100)
+        if shifted is None or not self.shift:
+            return self._loss(logits, labels, self.shift, num_items_in_batch, -100)
+        self._refuse_columns()
+        return self._loss(logits, shifted, False, num_items_in_batch, -100)
 
 
 class ForCausalLM(_OfLogits):
@@ -134,11 +141,8 @@ class ForCausalLM(_OfLogits):
             raise ValueError(
                 f"vocab_size: is {vocab_size!s:.20}, the logits have shape {tuple(logits.shape)}"
             )
-        if shift_labels is not None and self.columns is not None:
-            raise ValueError(
-                "columns: not available with shift_labels, which are a part of each sequence under context "
-                "or sequence parallelism; a column of the data set is whole"
-            )
+        if shift_labels is not None:
+            self._refuse_columns()
         target = labels if shift_labels is None else shift_labels
         if target is None:
             raise ValueError("labels: None, and no shift_labels either")

@@ -18,7 +18,7 @@ from ...linear import fused_linear_deft_loss
 from ...objectives import Objective
 from . import head as heads
 from .aligned import refuse_aligned
-from .columns import Columns, checked_columns
+from .columns import AMONG_PIECES, Columns, checked_columns
 from .logits import ForCausalLM
 from .proof import Calls
 from .running import RunningStatistics
@@ -130,10 +130,7 @@ class _OfHidden:
 
     def _columns_of(self, labels: Tensor, shift: bool) -> tuple[Tensor | None, Tensor | None]:
         if not shift:
-            raise ValueError(
-                "columns: not available with shift_labels, which are a part of each sequence under context "
-                "or sequence parallelism; a column of the data set is whole"
-            )
+            raise ValueError(AMONG_PIECES)
         assert self.columns is not None
         return self.columns.of(labels, shift)
 
