@@ -36,6 +36,8 @@ from .row_objectives import RowObjective as RowObjective
 from .row_objectives import tsallis_of_rows as _tsallis_of_rows
 from .weighted import Weighted as Weighted
 from .weighted import chord as chord
+from .weighted import dft_to_a_power
+from .weighted import infosft as infosft
 from .weighted import mile as mile
 from .weighted import weighted as weighted
 
@@ -236,11 +238,17 @@ def rational(alpha: float | str = "collision", *, detach: bool = True) -> Object
     return Objective("rational", "rational" if alpha > 0 else "deformed", "fixed", alpha=alpha, detach=detach)
 
 
-def dft(*, detach: bool = True) -> Objective:
-    """loss = p (-logp), the weight p held constant: the gradient of `neg_prob`, another loss value.
+@overload
+def dft(*, detach: bool = True) -> Objective: ...
+@overload
+def dft(power: float) -> Weighted: ...
+def dft(power: float = 1.0, *, detach: bool = True) -> Objective | Weighted:
+    """loss = p^power (-logp), the weight held constant: the gradient of `tsallis(power)`, another loss value.
 
-    A target of probability 0 has loss 0, the limit. Source: arXiv:2508.05629.
+    Of a power that is not 1 `weighted`. A target with p = 0 has loss 0, the limit. Source: arXiv:2508.05629.
     """
+    if number("power", power, 0.0, above=True) != 1.0:
+        return dft_to_a_power(power, flag("detach", detach))
     return Objective("dft", "weighted", "prob", alpha=1.0, detach=flag("detach", detach))
 
 

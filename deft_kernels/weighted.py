@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -79,6 +80,35 @@ def chord() -> Weighted:
     Source: the token weight of CHORD, arXiv:2508.11408.
     """
     return weighted(lambda r: r.logp.exp() * -torch.expm1(r.logp), name="chord")
+
+
+def infosft(threshold: float = 0.93) -> Weighted:
+    """loss = w (-logp), w = p max(0, 1 - logit(p) / logit(threshold)) held constant.
+
+    logit(p) = ln(p / (1 - p)). Most for tokens of medium probability, and nothing from p = threshold on.
+    threshold: a probability above 1/2, `P` in the authors' code, whose default it is.
+    Source: InfoSFT, arXiv:2605.14967; its constant C is logit(threshold), and its weight that of the authors'
+    training code, divided by C.
+    """
+    threshold = checks.number("threshold", threshold, 0.5, above=True)
+    if threshold >= 1.0:
+        raise ValueError(f"threshold: expected a probability below 1, got {threshold}")
+    scale = 1.0 / (math.log(threshold) - math.log1p(-threshold))
+
+    def weight(r: RowStatistics) -> Tensor:
+        p = r.logp.exp()
+        # p logit(p), whose limit at p = 0 is 0; entr(p) is -p ln p.
+        odds = -torch.special.entr(p) - p * torch.log(-torch.expm1(r.logp))
+        return (p - scale * odds).clamp(min=0.0)
+
+    return weighted(weight, name="infosft")
+
+
+def dft_to_a_power(power: float, detach: bool) -> Weighted:
+    """`objectives.dft` of a power that is not 1."""
+    if not detach:
+        raise ValueError(f"detach: False is for power=1, got power={power}")
+    return weighted(lambda r: (power * r.logp).exp(), name="dft")
 
 
 def mile(gamma: float = 1.0) -> Weighted:

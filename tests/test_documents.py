@@ -41,7 +41,7 @@ ALONE = {
     "docs/troubleshooting.md": (0, 1),
 }
 # By tests/test_recipes.py.
-RECIPES = {"docs/recipes.md": (0, 1, 2, 3)}
+RECIPES = {"docs/recipes.md": (0, 1, 2, 3, 4, 5, 6)}
 # By tests/test_diagnostics_docs.py; a block over a trainer by tests/integrations.
 DIAGNOSTICS = {"docs/diagnostics.md": (0, 1, 2, 3, 4, 5)}
 ON_RANKS = {"docs/start.md": (2,), "docs/parallel.md": (0, 1, 2, 3)}

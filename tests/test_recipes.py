@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable
 
 import pytest
 import torch
-from documents import execute
+from documents import execute, text
 from torch import Tensor
+
+from deft_kernels import deft_loss, objectives
 
 B, T, D, V = 2, 6, 5, 23
 
@@ -53,10 +57,27 @@ def anchored(hidden, weight, labels, reference_logp, advantage):
     return (-logp + 0.1 * (distance.exp() - distance - 1))[valid].mean()
 
 
+def above_a_threshold(hidden, weight, labels, other_logp, advantage):
+    logp, _, valid = statistics(hidden, weight, labels)
+    selected = valid & (logp.exp() >= 0.1)
+    assert selected.any() and (valid & ~selected).any()
+    return -logp[selected].mean()
+
+
+def of_most_excess(hidden, weight, labels, reference_logp, advantage):
+    logp, _, valid = statistics(hidden, weight, labels)
+    excess = (reference_logp - logp)[valid]
+    best = excess.topk(math.ceil(0.6 * len(excess))).indices
+    assert 0 < len(best) < len(excess)
+    return -logp[valid][best].mean()
+
+
 RECIPES: dict[str, tuple[int, Callable[..., Tensor]]] = {
     "clipped_policy_loss": (0, clipped),
     "proximal_sft_loss": (1, proximal),
     "anchored_loss": (2, anchored),
+    "profit_loss": (3, above_a_threshold),
+    "selective_loss": (4, of_most_excess),
 }
 
 
@@ -67,8 +88,8 @@ def test_value_and_gradients(name, dtype):
     for block in range(RECIPES[name][0] + 1):
         names = execute("docs/recipes.md", block, names)
     hidden, weight, labels, other, advantage = given(dtype)
-    extra = (advantage,) if name == "clipped_policy_loss" else ()
-    loss = names[name](hidden, weight, labels, other, *extra)
+    given_too = {"clipped_policy_loss": (other, advantage), "profit_loss": ()}.get(name, (other,))
+    loss = names[name](hidden, weight, labels, *given_too)
     exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
     expected = RECIPES[name][1](*exact, labels, other.double(), advantage.double())
     torch.testing.assert_close(loss.double(), expected, rtol=2e-6, atol=1e-6)
@@ -76,15 +97,37 @@ def test_value_and_gradients(name, dtype):
     for ours, wanted in zip(found, theirs, strict=True):
         torch.testing.assert_close(ours.double(), wanted, rtol=1e-5, atol=1e-6)
     # Some rows are clipped and some are not: else the test would not see the clipping.
-    if name != "anchored_loss":
+    if name in ("clipped_policy_loss", "proximal_sft_loss"):
         ratio = (statistics(*exact, labels)[0] - other.double()).exp()[labels != -100]
         assert (ratio > 1.28).any() and (ratio < 0.72).any() and ((ratio > 0.8) & (ratio < 1.2)).any()
+
+
+def test_the_example_of_a_weight():
+    """With a number for each token, aligned as token_weight is."""
+    names: dict[str, object] = {"torch": torch}
+    for block in range(6):
+        names = execute("docs/recipes.md", block, names)
+    hidden, weight, labels, _, _ = given(torch.float64)
+    trust = torch.rand(B, T, dtype=torch.float64)
+    loss = deft_loss(hidden @ weight.T, labels, objective=names["trusted"](labels, trust), reduction="none")
+    p = torch.softmax(hidden @ weight.T, -1).amax(-1)
+    logp, _, valid = statistics(hidden, weight, labels)
+    torch.testing.assert_close(loss, torch.where(valid, -trust * (1 - p) * logp, 0.0))
+
+
+def test_the_table_names_what_there_is():
+    """Every weight of the table is made by the words in its first cell."""
+    rows = re.findall(r"^\| `(objectives\.(\w+)\((\w*)\))` \|", text("docs/recipes.md"), flags=re.MULTILINE)
+    assert [name for _, name, _ in rows] == ["chord", "mile", "infosft", "dft"]
+    for call, name, argument in rows:
+        made = eval(call, {"objectives": objectives, argument: 0.75})
+        assert isinstance(made, objectives.Weighted) and made.name == name
 
 
 def test_domains_with_gates_of_their_own() -> None:
     """Each token by the formula with its domain's alpha, 0 among them."""
     names: dict[str, object] = {"torch": torch}
-    for block in range(4):
+    for block in range(7):
         names = execute("docs/recipes.md", block, names)
     hidden, weight, labels, _, _ = given(torch.float64)
     domain = torch.arange(B * T).reshape(B, T) % 3

@@ -5,6 +5,7 @@ Everything against the float64 oracle, which takes the weights from statistics o
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import pytest
@@ -63,14 +64,23 @@ def test_statistics_show_the_weight(backend, device):
     assert not stats.alpha.any() and not stats.gate[~valid].any()
 
 
+def infosft_of(p: Tensor, threshold: float) -> Tensor:
+    """The weight of arXiv:2605.14967, in the form of its authors' code."""
+    return p * torch.relu(1 - torch.logit(p) / math.log(threshold / (1 - threshold)))
+
+
 @pytest.mark.parametrize(
     ("objective", "weight"),
     [
         (objectives.chord(), lambda p, h: p * (1 - p)),
         (objectives.mile(1.5), lambda p, h: (1 + h) ** 1.5),
         (objectives.weighted(lambda r: r.logp.exp()), lambda p, h: p),
+        (objectives.dft(0.5), lambda p, h: p.sqrt()),
+        (objectives.dft(2.0), lambda p, h: p**2),
+        (objectives.infosft(), lambda p, h: infosft_of(p, 0.93)),
+        (objectives.infosft(0.7), lambda p, h: infosft_of(p, 0.7)),
     ],
-    ids=["chord", "mile", "dft"],
+    ids=["chord", "mile", "dft", "dft 0.5", "dft 2", "infosft", "infosft 0.7"],
 )
 def test_published_formulas(objective, weight):
     logits, labels, _ = problem("cpu", torch.float64)
@@ -79,6 +89,37 @@ def test_published_formulas(objective, weight):
     own = weight(logp.exp(), -(log_p.exp() * log_p).sum(-1))
     found = deft_loss(logits, labels, objective=objective, reduction="none")
     torch.testing.assert_close(found, torch.where(labels != -100, -own * logp, 0.0), rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("power", [0.3, 1.0, 2.5])
+def test_dft_with_a_power_has_the_gradient_of_tsallis(power, backend, device):
+    logits, labels, _ = problem(device)
+    found, wanted = (
+        step(
+            lambda z, o=o: deft_loss(z, labels, objective=o, backend=backend), logits.clone().requires_grad_()
+        )
+        for o in (objectives.dft(power), objectives.tsallis(power))
+    )
+    torch.testing.assert_close(found[1], wanted[1], rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_infosft_at_the_ends(dtype, backend, device):
+    """p = 0 and p = 1, where the logit is infinite; the threshold; a few in between."""
+    if backend == "triton" and dtype == torch.float64:
+        pytest.skip("the kernels take no fp64")
+    p = torch.tensor([0.0, 1e-30, 1e-3, 0.3, 0.5, 0.93, 0.9999999, 1.0], dtype=torch.float64)
+    logits = torch.stack([p.log(), (1 - p).log()], -1).to(dtype).to(device)
+    labels = torch.zeros(len(p), dtype=torch.int64, device=device)
+    leaf = logits.requires_grad_()
+    loss, stats = deft_loss(
+        leaf, labels, objective=objectives.infosft(), reduction="none", backend=backend, return_stats=True
+    )
+    loss.sum().backward()
+    assert loss.isfinite().all() and leaf.grad.isfinite().all()
+    exact = infosft_of(p[1:-1], 0.93)
+    torch.testing.assert_close(stats.gate[1:-1].double().cpu(), exact, rtol=1e-5, atol=1e-6)
+    assert stats.gate[0] == 0 and not stats.gate[-2:].any() and stats.gate[5] < 1e-5
 
 
 def test_dft_by_weights_is_dft(backend, device):
@@ -200,6 +241,10 @@ def changing(r) -> Tensor:
         ),
         (lambda: objectives.weighted(changing), "^objective: .* in place"),
         (lambda: objectives.mile(-1.0), "^gamma: "),
+        (lambda: objectives.infosft(0.5), "^threshold: "),
+        (lambda: objectives.infosft(1.0), "^threshold: expected a probability below 1"),
+        (lambda: objectives.dft(0.0), "^power: "),
+        (lambda: objectives.dft(2.0, detach=False), "^detach: False is for power=1"),
     ],
 )
 def test_bad_input(make, error):

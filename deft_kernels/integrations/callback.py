@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import TrainerCallback
 
 from ..core.statistics import RowStatistics
@@ -14,6 +15,9 @@ from ..diagnostics import Recorder
 from ._shared.checks import refuse_dividing_twice, refuse_label_smoothing, refuse_means_of_means
 from ._shared.proof import Calls
 from ._shared.running import RunningStatistics
+
+# Of a Recorder that was given none.
+WITHOUT_CHANNELS = ("all",)
 
 
 class ProofCallback(TrainerCallback):  # type: ignore[misc]  # transformers is untyped for mypy
@@ -74,8 +78,8 @@ class StatisticsCallback(ProofCallback):
     """Logs a `RunningStatistics` beside the loss: nll, mean_alpha, mean_gate, mean_entropy, top1.
 
     A gated loss looks small, because tokens that the model doubts have a small weight: compare runs by `nll`.
-    If evaluation uses the gated loss, its names are eval_nll and so on. The
-    means are over all ranks' tokens since the last log.
+    If evaluation uses the gated loss, its names are eval_nll and so on. Statistics with channels are logged
+    for each of them too: nll/code. The means are over all ranks' tokens since the last log.
 
     Args: statistics: the object given to the loss.
     Raises: as `ProofCallback`.
@@ -120,8 +124,10 @@ class RecordingCallback(TrainerCallback):  # type: ignore[misc]
     The file holds all ranks' tokens, of training alone; a step is the trainer's global step. A second train()
     adds to the same recorder. Under torch.compile the graph breaks where the recorder is called.
 
-    Args: statistics: the loss's, as `apply` returns it; recorder: made alike on every rank; path: of the npz.
-    Raises: TypeError for other types; OSError naming the file and the field where it cannot be written.
+    Args: statistics: the loss's, as `apply` returns it; recorder: made alike on every rank, with the channels
+        of the statistics or with none; path: of the npz.
+    Raises: TypeError for other types; ValueError for other channels; OSError naming the file and the field
+        where it cannot be written.
     """
 
     def __init__(self, statistics: RunningStatistics, recorder: Recorder, path: str | Path):
@@ -129,6 +135,12 @@ class RecordingCallback(TrainerCallback):  # type: ignore[misc]
             raise TypeError(f"statistics: expected a RunningStatistics, got {type(statistics).__name__}")
         if not isinstance(recorder, Recorder):
             raise TypeError(f"recorder: expected a Recorder, got {type(recorder).__name__}")
+        self.by_channel = recorder.channels == statistics.channels
+        if not self.by_channel and recorder.channels != WITHOUT_CHANNELS:
+            raise ValueError(
+                f"recorder: its channels are {', '.join(recorder.channels)}, those of the statistics "
+                f"{', '.join(statistics.channels) or 'none'}; make both with the same"
+            )
         self.statistics, self.recorder, self.path = statistics, recorder, Path(path)
         self.step = 0
         self._watcher: Any = torch.compiler.disable(self._watch)  # a recorder counts on the host
@@ -148,9 +160,14 @@ class RecordingCallback(TrainerCallback):  # type: ignore[misc]
         self.statistics.watchers.remove(self._watcher)
         self.on_save(args, state, control)
 
-    def _watch(self, stats: RowStatistics, valid: Tensor, training: bool) -> None:
+    def _watch(
+        self, stats: RowStatistics, valid: Tensor, training: bool, channels: Tensor | None = None
+    ) -> None:
         if not training:
             return
         # The mask of shifted labels lacks the last position, which counts for nothing.
-        missing = stats.logp.shape[-1] - valid.shape[-1]
-        self.recorder.add(stats, torch.nn.functional.pad(valid, (0, missing)), step=self.step)
+        missing = (0, stats.logp.shape[-1] - valid.shape[-1])
+        channel: Tensor | int = 0
+        if self.by_channel and channels is not None:
+            channel = pad(channels.where(valid, 0), missing)
+        self.recorder.add(stats, pad(valid, missing), channel=channel, step=self.step)

@@ -61,6 +61,8 @@ def install(
     if _original is not None:
         raise RuntimeError("liger: a gated loss is installed already; call uninstall() first")
     objective, statistics = described(objective), recorder(statistics)
+    if statistics is not None and statistics.channels:
+        raise ValueError("statistics: has channels, which Liger's call brings no column for; use patch_model")
     settings = checked("liger.install", Keywords, keywords)
     original = getattr(functional, NAME)
     unknown = set(inspect.signature(original).parameters) - set(

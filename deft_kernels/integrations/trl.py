@@ -23,6 +23,7 @@ from ..gated import gated_loss
 from ..objectives import Objective, resolve
 from ._shared.caller import Argument
 from ._shared.checks import check_trainer, refuse_label_smoothing
+from ._shared.columns import Columns, named_by
 from ._shared.logits import ComputeLoss
 from ._shared.patching import RECORD
 from ._shared.running import RunningStatistics
@@ -37,6 +38,7 @@ def apply(
     objective: str | Objective = "deft",
     *,
     log_statistics: bool = True,
+    columns: Columns | None = None,
     shift: bool = True,
     **keywords: Unpack[LogitsKeywords],
 ) -> RunningStatistics:
@@ -50,6 +52,8 @@ def apply(
         objective: a name or an `Objective`. With the fused head: none that needs max p, that is a function of
             `RowStatistics`, or that differentiates through sum p^2.
         log_statistics: add a `StatisticsCallback`, else a `ProofCallback`.
+        columns: `Columns` of its data sets, whose channels are logged too. Not with packing, which drops all
+            columns but TRL's own.
         shift, keywords: as in `transformers.ComputeLoss`, before TRL 1.15; the fused head has none.
     Returns: the `RunningStatistics` that are logged.
     Raises: TypeError for another trainer; ValueError for loss_type "dft" or "chunked_nll",
@@ -70,13 +74,18 @@ def apply(
         }.get(loss_type, "unknown here")
         raise ValueError(f'loss_type: is {loss_type!r}, {why}; set SFTConfig(loss_type="nll")')
     refuse_label_smoothing(trainer.args)
-    statistics = RunningStatistics()
+    statistics = RunningStatistics(named_by(columns))
+    if columns is not None and getattr(trainer.args, "packing", False):
+        raise ValueError("columns: not available with packing, which drops all columns but TRL's own")
     if _has_fused_head():
-        _rewrite(trainer, objective, statistics, [*keywords, *([] if shift else ["shift"])])
+        rewritten = _GatedLogProbs(objective, statistics, columns)
+        _rewrite(trainer, rewritten, [*keywords, *([] if shift else ["shift"])])
     else:
-        loss = ComputeLoss(objective, statistics=statistics, shift=shift, **keywords)
+        loss = ComputeLoss(objective, statistics=statistics, columns=columns, shift=shift, **keywords)
         check_trainer(trainer)
         trainer.compute_loss_func = loss
+    if columns is not None:
+        columns.attach(trainer)
     callback = StatisticsCallback(statistics) if log_statistics else ProofCallback(statistics.calls)
     callback.add_to(trainer)
     return statistics
@@ -89,7 +98,7 @@ def _has_fused_head() -> bool:
     return Version(trl.__version__) >= Version("1.15")
 
 
-def _rewrite(trainer: Any, objective: Any, statistics: RunningStatistics, asked: list[str]) -> None:
+def _rewrite(trainer: Any, rewritten: _GatedLogProbs, asked: list[str]) -> None:
     from trl.trainer.sft_trainer import SFTTrainer
     from trl.trainer.utils import add_fused_lm_head
 
@@ -108,7 +117,6 @@ def _rewrite(trainer: Any, objective: Any, statistics: RunningStatistics, asked:
             "use context parallelism, or a transformers Trainer with patch_model(model)"
         )
     num_items = Argument(SFTTrainer.compute_loss, "num_items_in_batch")
-    rewritten = _GatedLogProbs(objective, statistics)
     model = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
     if RECORD in vars(model):
         raise ValueError("trainer: its model has a gated loss already; apply once, without patch_model")
@@ -140,9 +148,9 @@ def _without_num_items(num_items: Argument) -> bool:
 class _GatedLogProbs:
     """Outputs of the fused head, with minus the gated loss where the log-probabilities were."""
 
-    def __init__(self, objective: Any, statistics: RunningStatistics):
+    def __init__(self, objective: Any, statistics: RunningStatistics, columns: Columns | None):
         self.objective = resolve(objective)
-        self.statistics = statistics
+        self.statistics, self.columns = statistics, columns
         if self.objective.focus == "max_prob":
             raise ValueError("objective: TRL's fused head gives no max p; use deft(order=2) or order=1")
         if not self.objective.detach and self.objective.focus == "collision":
@@ -152,15 +160,21 @@ class _GatedLogProbs:
 
     def __call__(self, outputs: Any, own_mean: bool) -> Any:
         logp, mask = outputs.log_probs, outputs.label_mask
+        channel = weight = None
+        if self.columns is not None:
+            # The mask as the labels are, before TRL shifted them.
+            channel, weight = self.columns.of(torch.nn.functional.pad(mask, (1, 0)), shift=True)
         rows = gated_loss(
             logp, outputs.log_sum_sq_probs, entropy=outputs.entropy, objective=self.objective, valid=mask
         )
-        self._record(logp.detach(), outputs)
+        if weight is not None:
+            rows = rows * weight[..., :-1]
+        self._record(logp.detach(), outputs, channel)
         self.statistics.calls.note(rows, own_mean=own_mean)
         # The model's own loss is removed, so that it cannot be trained by mistake.
         return type(outputs)(**{**outputs, "log_probs": -rows, "loss": None})
 
-    def _record(self, logp: Tensor, outputs: Any) -> None:
+    def _record(self, logp: Tensor, outputs: Any, channel: Tensor | None) -> None:
         mask = outputs.label_mask
         collision = outputs.log_sum_sq_probs.exp().masked_fill(~mask, 0.0)
         entropy = outputs.entropy.detach()
@@ -173,6 +187,5 @@ class _GatedLogProbs:
         gate, alpha = value.gate.masked_fill(dropped, 0.0), value.alpha.masked_fill(~mask, 0.0)
         unknown = torch.zeros_like(logp)
         top1 = outputs.is_top1.bool()
-        self.statistics.add(
-            RowStatistics(logp, unknown, collision, entropy, unknown, top1, alpha, gate), mask
-        )
+        rows = RowStatistics(logp, unknown, collision, entropy, unknown, top1, alpha, gate)
+        self.statistics.add(rows, mask, channel)

@@ -15,13 +15,24 @@ from transformers import Trainer
 
 from deft_kernels import deft_loss
 
+WEIGHT = 0.5
+
 
 @pytest.mark.parametrize("index", range(len(blocks("transformers"))))
 def test_transformers(index, tmp_path):
-    given = {"Trainer": Trainer, "model": llama(), "args": arguments(tmp_path), "dataset": examples()}
+    rows = [{**row, "domain": "code", "trust": WEIGHT} for row in examples()]
+    given = {"Trainer": Trainer, "model": llama(), "args": arguments(tmp_path), "dataset": rows}
     trainer = run_block("transformers", index, given)["trainer"]
-    assert losses(trainer)[0] == pytest.approx(oracle(llama(), batch()), rel=1e-5)
+    weight = of_columns(trainer, "columns=" in blocks("transformers")[index])
+    assert losses(trainer)[0] == pytest.approx(weight * oracle(llama(), batch()), rel=1e-5)
     assert len(losses(trainer)) == 3
+
+
+def of_columns(trainer, asked):
+    """The weight of every row, if the block asks for the column of weights."""
+    nll, code = losses(trainer, "nll"), losses(trainer, "nll/code")
+    assert code == (nll if asked else [])
+    return WEIGHT if asked else 1.0
 
 
 @pytest.mark.parametrize("index", range(len(blocks("trl"))))
@@ -32,8 +43,10 @@ def test_trl(index, tmp_path, tokenizer):  # noqa: F811
     like = prepared(tmp_path, tokenizer)
     rows = next(iter(like.get_train_dataloader()))
     given = {"SFTTrainer": SFTTrainer, "model": llama(), "args": like.args, "tokenizer": tokenizer}
-    trainer = run_block("trl", index, {**given, "dataset": Dataset.from_list(TEXTS)})["trainer"]
-    assert losses(trainer)[0] == pytest.approx(oracle(llama(), rows), rel=1e-5)
+    dataset = Dataset.from_list([{**row, "domain": "code", "trust": WEIGHT} for row in TEXTS])
+    trainer = run_block("trl", index, {**given, "dataset": dataset})["trainer"]
+    weight = of_columns(trainer, "columns=" in blocks("trl")[index])
+    assert losses(trainer)[0] == pytest.approx(weight * oracle(llama(), rows), rel=1e-5)
 
 
 @pytest.mark.parametrize("index", range(len(blocks("liger"))))
@@ -60,8 +73,8 @@ def test_moving(index):
 
 def test_the_pages_have_lines_to_run():
     assert [len(blocks(page)) for page in ("transformers", "trl", "liger", "moving")] == [
-        4,
-        1,
+        6,
+        2,
         1,
         5,
     ]

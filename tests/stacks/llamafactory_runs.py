@@ -15,8 +15,9 @@ from files import Observer
 from pages import run_block
 
 
-def trained(folder: Path, output: Path, **settings: Any) -> Observer:
-    """Three steps over all eight examples of `folder`; the settings are those of LLaMA-Factory's YAML."""
+def trained(folder: Path, output: Path, block: int = 0, **settings: Any) -> Observer:
+    """Three steps over all eight examples of `folder`, by a block of the page; the settings are those of
+    LLaMA-Factory's YAML."""
     observer = Observer()
     args = {
         "stage": "sft",
@@ -40,7 +41,7 @@ def trained(folder: Path, output: Path, **settings: Any) -> Observer:
         "max_grad_norm": 0.0,
         **settings,
     }
-    run_block("llamafactory", 0, {"args": args, "callbacks": [observer]})
+    run_block("llamafactory", block, {"args": args, "callbacks": [observer]})
     return observer
 
 

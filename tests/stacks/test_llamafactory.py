@@ -10,9 +10,11 @@ import pytest
 import torch
 from files import ALPACA, assert_only_adapters_were_trained, model_in, save
 from llamafactory_runs import trained
-from pages import two_ranks
+from pages import run_block, two_ranks
 from tiny import oracle
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from deft_kernels import objectives, reference
 
 # Losses are logged as they are, in fp32, whose rounding is 6e-8; sums in another order erred by 2e-7 where
 # this was written.
@@ -109,6 +111,46 @@ def test_the_trainer_for_generation_trains_the_same(whole, folder, tmp_path):
     assert logged(run) == pytest.approx(logged(whole), **CLOSE)
     evaluated = [entry for entry in run.history if "eval_rouge-1" in entry]
     assert evaluated and not any(name in entry for entry in evaluated for name in ("eval_loss", "eval_nll"))
+
+
+@pytest.fixture
+def with_columns(folder, tmp_path, monkeypatch):
+    """LLaMA-Factory's own tokenisation of the examples, with columns added by the page's lines."""
+    from llamafactory.train.sft import workflow
+
+    monkeypatch.setattr(workflow, "CustomSeq2SeqTrainer", workflow.CustomSeq2SeqTrainer)
+    trained(folder, tmp_path, tokenized_path=str(tmp_path / "tokenised"), max_steps=1)
+    given = {
+        "folder": str(tmp_path / "tokenised"),
+        "with_columns": str(tmp_path / "with columns"),
+        "domains": ["code" if i % 3 else "mathematics" for i in range(len(ALPACA))],
+        "weights": [0.5 + i % 4 for i in range(len(ALPACA))],
+    }
+    run_block("llamafactory", 1, given)
+    return given
+
+
+def test_columns(folder, tmp_path, with_columns):
+    run = trained(folder, tmp_path / "out", block=2, tokenized_path=with_columns["with_columns"])
+    (rows,) = run.rows
+    assert not [name for name in rows if name in ("domain", "trust")]
+    channel, weight = rows["deft_kernels_channel"][:, 1:], rows["deft_kernels_token_weight"][:, 1:]
+    assert len(weight[:, 0].unique()) == 4
+    with torch.no_grad():
+        logits = model_in(folder)(rows["input_ids"], rows["attention_mask"]).logits[:, :-1].double()
+    labels = rows["labels"][:, 1:]
+    described = objectives.resolve("deft")
+    loss, stats = reference.loss(logits, labels, objective=described, token_weight=weight.double())
+    assert run.logs[0]["loss"] == pytest.approx(float(loss), **CLOSE)
+    for number, name in enumerate(("code", "mathematics")):
+        own = (labels != -100) & (channel == number)
+        assert run.logs[0][f"nll/{name}"] == pytest.approx(float(-stats["logp"][own].mean()), **CLOSE)
+        assert run.logs[0][f"mean_gate/{name}"] == pytest.approx(float(stats["gate"][own].mean()), **CLOSE)
+
+
+def test_columns_that_are_not_there(folder, tmp_path, with_columns):
+    with pytest.raises(ValueError, match="^channel: the data set has no column 'domain' where the collator"):
+        trained(folder, tmp_path / "out", block=2)
 
 
 class TestRefusals:

@@ -3,9 +3,11 @@ what to do."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .aligned import is_encoder_decoder, refuse_aligned
 from .caller import calling_trainer
@@ -18,26 +20,48 @@ def check_trainer(trainer: Any) -> None:
     check_settings(trainer)
 
 
-def check_caller(loss: Any, shift: bool) -> None:
-    """`check_settings` of the trainer that calls `loss`, if one does.
+def check_caller(loss: Any, shift: bool) -> Tensor | None:
+    """`check_settings` of the trainer that calls `loss`, if one does; returns the labels that it shifted.
 
     For a loss that was given to a trainer without `apply`, which looks beforehand. A trainer compiles its
-    model and no more, so a call that is compiled is none of a trainer's.
+    model and no more, so a call that is compiled is none of a trainer's. Under context parallelism the
+    trainer shifts the labels before it cuts each sequence, as nobody can afterwards; they are in its batch,
+    and the loss is given the others. None where the trainer has shifted none.
     """
     if torch.compiler.is_compiling():
-        return
+        return None
     trainer, batch = calling_trainer(loss)
     if trainer is None:
-        return
+        return None
     check_settings(trainer)
     check_labels(trainer, shift)
-    if not is_encoder_decoder(trainer.model):
-        return
+    cut = _in_pieces(trainer)
     if batch is None:
+        if cut or is_encoder_decoder(trainer.model):
+            why = "how its labels are shifted" if cut else "whether the model would decode its own input"
+            raise RuntimeError(
+                "inputs: this trainer's compute_loss has no batch under this name, so that nothing tells "
+                f"{why}; name it inputs there, as Trainer.compute_loss does"
+            )
+        return None
+    shifted: Tensor | None = batch.get("shift_labels")
+    if cut and shift and shifted is None:
         raise RuntimeError(
-            "inputs: this trainer's compute_loss has no batch under this name, so that nothing tells whether "
-            "the model would decode its own input; name it inputs there, as Trainer.compute_loss does"
+            "shift_labels: not in the batch under context parallelism, though the labels of a part of a "
+            "sequence cannot be shifted; use a version of transformers that this package was tested with"
         )
+    if is_encoder_decoder(trainer.model):
+        _check_decoded(batch)
+    return shifted
+
+
+def _in_pieces(trainer: Any) -> bool:
+    """Whether a rank has a part of each sequence."""
+    parallelism = getattr(trainer.accelerator, "parallelism_config", None)
+    return parallelism is not None and bool(parallelism.cp_enabled)
+
+
+def _check_decoded(batch: Mapping[str, Any]) -> None:
     if not {"decoder_input_ids", "decoder_inputs_embeds"} & batch.keys():
         raise ValueError(
             "decoder_input_ids: not in the batch, and the trainer keeps the labels from the model, which "
@@ -68,10 +92,10 @@ def check_settings(trainer: Any) -> None:
     refuse_dividing_twice(trainer)
     refuse_means_of_means(trainer.args)
     parallelism = getattr(trainer.accelerator, "parallelism_config", None)
-    if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+    if parallelism is not None and parallelism.sp_enabled:
         raise ValueError(
-            "parallelism_config: under context or sequence parallelism compute_loss_func sees a part of each "
-            "sequence and cannot shift its labels; use set_loss_function(model) or patch_model(model)"
+            "parallelism_config: under DeepSpeed sequence parallelism the trainer takes the model's own loss "
+            "and no compute_loss_func; use set_loss_function(model) or patch_model(model)"
         )
 
 

@@ -13,6 +13,7 @@ from ...core.statistics import RowLoss
 from ...functional import deft_loss
 from ...objectives import Objective
 from .checks import check_caller
+from .columns import AMONG_PIECES, Columns, checked_columns
 from .proof import Calls
 from .running import RunningStatistics
 from .settings import LogitsKeywords, checked, counted, denominator, described, recorder
@@ -28,11 +29,13 @@ class _OfLogits:
         objective: str | Objective | RowLoss = "deft",
         *,
         statistics: RunningStatistics | None = None,
+        columns: Columns | None = None,
         shift: bool = True,
         **keywords: Unpack[LogitsKeywords],
     ):
         self.objective = described(objective)
         self.statistics = recorder(statistics)
+        self.columns = checked_columns(columns, self.statistics)
         self.calls = Calls() if self.statistics is None else self.statistics.calls
         if not isinstance(shift, bool):
             raise TypeError(f"shift: expected a bool, got {type(shift).__name__}")
@@ -46,13 +49,20 @@ class _OfLogits:
         if weight is not None:
             settings["weight"] = weight.to(logits.device)
         keywords: dict[str, Any] = {"objective": self.objective, **self.keywords, **settings}
+        channel = None
+        if self.columns is not None:
+            channel, keywords["token_weight"] = self.columns.of(labels, shift)
         if self.statistics is None:
             loss = deft_loss(logits, labels, **keywords)
         else:
             loss, stats = deft_loss(logits, labels, return_stats=True, **keywords)
-            self.statistics.add(stats, counted(labels, shift, ignore_index))
+            self.statistics.add(stats, counted(labels, shift, ignore_index), channel)
         self.calls.note(loss, own_mean=num_items is None)
         return loss
+
+    def _refuse_columns(self) -> None:
+        if self.columns is not None:
+            raise ValueError(AMONG_PIECES)
 
 
 class ComputeLoss(_OfLogits):
@@ -61,6 +71,8 @@ class ComputeLoss(_OfLogits):
     Args:
         objective: as in `deft_loss`.
         statistics: a `RunningStatistics` to add each call's rows to.
+        columns: `Columns` of the data set that go with the tokens: channels for the statistics, weights. They
+            come to the loss of a trainer that `columns.attach(trainer)` was called for.
         shift: False where logits and labels are aligned already (encoder-decoder models).
         temperature, z_loss, label_smoothing, weight, inplace, grad_in_forward, backend: as in `deft_loss`.
     Called with: outputs (a ModelOutput, mapping or tuple), labels [B, T], num_items_in_batch (None: the mean
@@ -70,7 +82,7 @@ class ComputeLoss(_OfLogits):
     """
 
     def __call__(self, outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Tensor:
-        check_caller(self, self.shift)
+        shifted = check_caller(self, self.shift)
         if isinstance(outputs, Mapping):
             logits = outputs.get("logits")
         else:
@@ -94,7 +106,10 @@ class ComputeLoss(_OfLogits):
                 "shift: this is an encoder-decoder model, whose labels are aligned with its logits; use "
                 "ComputeLoss(..., shift=False)"
             )
-        return self._loss(logits, labels, self.shift, num_items_in_batch, -100)
+        if shifted is None or not self.shift:
+            return self._loss(logits, labels, self.shift, num_items_in_batch, -100)
+        self._refuse_columns()
+        return self._loss(logits, shifted, False, num_items_in_batch, -100)
 
 
 class ForCausalLM(_OfLogits):
@@ -126,6 +141,8 @@ class ForCausalLM(_OfLogits):
             raise ValueError(
                 f"vocab_size: is {vocab_size!s:.20}, the logits have shape {tuple(logits.shape)}"
             )
+        if shift_labels is not None:
+            self._refuse_columns()
         target = labels if shift_labels is None else shift_labels
         if target is None:
             raise ValueError("labels: None, and no shift_labels either")

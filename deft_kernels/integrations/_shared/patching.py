@@ -18,6 +18,7 @@ from ...linear import fused_linear_deft_loss
 from ...objectives import Objective
 from . import head as heads
 from .aligned import refuse_aligned
+from .columns import AMONG_PIECES, Columns, checked_columns
 from .logits import ForCausalLM
 from .proof import Calls
 from .running import RunningStatistics
@@ -33,6 +34,7 @@ def set_loss_function(
     objective: str | Objective | RowLoss = "deft",
     *,
     statistics: RunningStatistics | None = None,
+    columns: Columns | None = None,
     shift: bool = True,
     **keywords: Unpack[LogitsKeywords],
 ) -> None:
@@ -46,7 +48,7 @@ def set_loss_function(
         torch.compile in the second step.
     Memory: the model's logits, whole; as `deft_loss`.
     """
-    loss = ForCausalLM(objective, statistics=statistics, shift=shift, **keywords)
+    loss = ForCausalLM(objective, statistics=statistics, columns=columns, shift=shift, **keywords)
     bare = heads.bare(model, "set_loss_function")
     _unpatched(bare)
     if loss.shift:
@@ -64,9 +66,10 @@ def _unpatched(model: Any) -> None:
 class _OfHidden:
     """`fused_linear_deft_loss` on a model's hidden states; what a patched forward needs to know."""
 
-    def __init__(self, model: Any, objective: Any, statistics: Any, keywords: HiddenKeywords):
+    def __init__(self, model: Any, objective: Any, statistics: Any, columns: Any, keywords: HiddenKeywords):
         self.objective = described(objective)
         self.statistics = recorder(statistics)
+        self.columns = checked_columns(columns, self.statistics)
         self.calls = Calls() if self.statistics is None else self.statistics.calls
         self.keywords = checked("patch_model", HiddenKeywords, keywords)
         self.scale, self.softcap = heads.logit_transform(model, "patch_model")
@@ -107,6 +110,9 @@ class _OfHidden:
         if settings.get("class_weight") is not None:
             settings["class_weight"] = settings["class_weight"].to(hidden.device)
         settings["return_stats"] = self.statistics is not None
+        channel = None
+        if self.columns is not None:
+            channel, settings["token_weight"] = self._columns_of(target, shift)
 
         def make(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
             return fused_linear_deft_loss(hidden, weight, target, bias, **settings)
@@ -116,11 +122,17 @@ class _OfHidden:
             loss = made
         else:
             loss, stats = made
-            self.statistics.add(stats, counted(target, shift, settings["ignore_index"]))
+            self.statistics.add(stats, counted(target, shift, settings["ignore_index"]), channel)
         self.calls.note(loss, own_mean=num_items is None)
         self.watch.seen(loss)
         others = ("past_key_values", "hidden_states", "attentions")
         return CausalLMOutputWithPast(loss=loss, **{name: getattr(outputs, name, None) for name in others})
+
+    def _columns_of(self, labels: Tensor, shift: bool) -> tuple[Tensor | None, Tensor | None]:
+        if not shift:
+            raise ValueError(AMONG_PIECES)
+        assert self.columns is not None
+        return self.columns.of(labels, shift)
 
 
 def _refuse(model: Any, call: dict[str, Any], no_labels: bool) -> None:
@@ -159,6 +171,7 @@ def patch_model(
     objective: str | Objective | RowLoss = "deft",
     *,
     statistics: RunningStatistics | None = None,
+    columns: Columns | None = None,
     **keywords: Unpack[HiddenKeywords],
 ) -> None:
     """Make the loss inside the model's forward, from hidden states, without logits.
@@ -172,7 +185,7 @@ def patch_model(
     Args:
         model: a transformers causal model, or a PEFT model around one, before it is compiled, given to a
             trainer or wrapped (DDP, fully_shard).
-        objective, statistics: as in `ComputeLoss`.
+        objective, statistics, columns: as in `ComputeLoss`.
         temperature, z_loss, label_smoothing, class_weight, chunk_bytes, backend: as in
             `fused_linear_deft_loss`.
     Raises: ValueError for a head that is more than a matrix (LoRA on it, quantised, ZeRO-3, split by tensor
@@ -192,7 +205,7 @@ def patch_model(
     refuse_aligned(bare, "patch_model")
     text = bare.config.get_text_config() if hasattr(bare.config, "get_text_config") else bare.config
     _refuse(bare, {"output_router_logits": getattr(text, "output_router_logits", False)}, False)
-    loss = _OfHidden(bare, objective, statistics, keywords)
+    loss = _OfHidden(bare, objective, statistics, columns, keywords)
 
     # A function bound to the instance, as accelerate and copy.deepcopy expect a forward to be; the loss is
     # looked up on the instance, so that a copy has its own. No __wrapped__: accelerate would unwrap it.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...core.checks import integer
 from ...core.statistics import RowStatistics
 from ...dtensors import is_dtensor
 from .proof import Calls
@@ -29,29 +30,45 @@ class RunningStatistics:
     A loss that was given this object updates it from the statistics of its own pass; nothing is read twice
     and the host does not wait. It is evaluation if gradients are disabled. There the rows with which
     accelerate pads the last batch are left out, except under torch.compile.
+
+    Args: channels: names of the kinds of data that are mixed. `update(channel=)` says by number to which a
+        row belongs, and each mean is there for each kind too: nll/code, mean_alpha/code and so on. The same
+        on every rank.
+    Raises: ValueError for channels that are no names that differ.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, channels: Sequence[str] = ()) -> None:
+        self.channels = named_channels(channels)
         self._sums: dict[bool, Tensor] = {}
         self.calls = Calls()
-        # Called with each call's rows, those that count, and whether it is training.
-        self.watchers: list[Callable[[RowStatistics, Tensor, bool], None]] = []
+        # Called with each call's rows, those that count, whether it is training, and the rows' channels.
+        self.watchers: list[Callable[[RowStatistics, Tensor, bool, Tensor | None], None]] = []
 
-    def update(self, stats: RowStatistics, valid: Tensor) -> None:
-        """Add the rows of one call. stats: [...]; valid: [...], bool, the rows whose label counts."""
-        self.add(stats, valid)
+    def update(self, stats: RowStatistics, valid: Tensor, channel: Tensor | int | None = None) -> None:
+        """Add the rows of one call.
+
+        Args: stats: [...]; valid: [...], bool, the rows whose label counts; channel: [...], integer, of
+            valid's shape, or one for all rows, needed where there are channels and refused where there are
+            none.
+        Raises: ValueError for a channel of another shape or dtype, and on the CPU for one out of range. On a
+            GPU a row with such a channel is left out of the means by channel.
+        """
+        self.add(stats, valid, channel)
         if torch.is_grad_enabled():
             self.calls.note_used()
 
-    def add(self, stats: RowStatistics, valid: Tensor) -> None:
+    def add(self, stats: RowStatistics, valid: Tensor, channel: Tensor | int | None = None) -> None:
         """As `update`, for a loss that itself notes whether it is trained."""
         training = torch.is_grad_enabled()
-        stats, valid = _local(stats, valid)
+        channels = self._channels(channel, valid)
+        stats, valid, channels = _local(stats, valid, channels)
         if not training and (repeated := _repeated(len(stats.logp) if stats.logp.dim() else 0)):
             stats = RowStatistics(*(None if s is None else s[:-repeated] for s in stats))  # type: ignore[arg-type]
             valid = valid[:-repeated]
+            channels = None if channels is None else channels[:-repeated]
+        self._check_range(channels, valid)
         for watcher in self.watchers:
-            watcher(stats, valid, training)
+            watcher(stats, valid, training, channels)
         # Ignored rows hold zeros. Doubles, because a long interval between logs counts more tokens than
         # fp32 can; Apple's devices have none.
         dtype = torch.float32 if stats.logp.device.type == "mps" else torch.float64
@@ -66,9 +83,53 @@ class RunningStatistics:
             stats.entropy,
             stats.correct,
         )
-        sums = torch.stack([row.detach().to(dtype).sum() for row in rows])
+        sums = torch.stack([row.detach().to(dtype).sum() for row in rows]).unsqueeze(0)
+        if channels is not None:
+            sums = torch.cat([sums, self._by_channel(rows, channels, dtype)])
         before = self._sums.get(training)
         self._sums[training] = sums if before is None else before + sums
+
+    def _channels(self, channel: Tensor | int | None, valid: Tensor) -> Tensor | None:
+        """The rows' channels, [...], int64; None where there are none."""
+        if channel is None or not self.channels:
+            if channel is not None:
+                raise ValueError("channel: this RunningStatistics has none; give it channels=, their names")
+            if self.channels:
+                raise ValueError(
+                    f"channel: None, and these statistics are kept apart by {', '.join(self.channels)}; say "
+                    "to which of them each row belongs"
+                )
+            return None
+        if not isinstance(channel, Tensor):
+            return torch.full_like(valid, integer("channel", channel), dtype=torch.int64)
+        if channel.is_floating_point() or channel.is_complex() or channel.dtype == torch.bool:
+            raise ValueError(f"channel: expected integers, got {channel.dtype}")
+        if channel.shape != valid.shape:
+            raise ValueError(
+                f"channel: expected the shape of valid, {tuple(valid.shape)}, got {tuple(channel.shape)}"
+            )
+        return channel.long().to(valid.device)
+
+    def _check_range(self, channels: Tensor | None, valid: Tensor) -> None:
+        """On a GPU the host would have to wait, and a trace cannot ask."""
+        if channels is None or channels.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        wrong = valid & ((channels < 0) | (channels >= len(self.channels)))
+        if wrong.any():
+            found = int(channels[wrong][0])
+            raise ValueError(f"channel: {found} is outside [0, {len(self.channels)})")
+
+    def _by_channel(self, rows: Sequence[Tensor], channels: Tensor, dtype: torch.dtype) -> Tensor:
+        """Sums of the rows of each channel, [channels, rows]."""
+        size = len(self.channels)
+        # One place more, for rows that belong to none.
+        place = channels.where((channels >= 0) & (channels < size), size).reshape(-1)
+        table = torch.zeros(size + 1, len(rows), dtype=dtype, device=place.device)
+        # The mask of shifted labels lacks the last position, whose statistics are zeros.
+        like = channels.shape
+        flat = (row if row.shape == like else row[..., : like[-1]] for row in rows)
+        values = torch.stack([row.detach().to(dtype).reshape(-1) for row in flat], -1)
+        return table.index_add(0, place, values)[:size]
 
     def forget(self, training: bool) -> None:
         """Drop what was added since the last `means`."""
@@ -76,7 +137,7 @@ class RunningStatistics:
 
     def means(self, training: bool = True, device: torch.device | str = "cpu") -> dict[str, float]:
         """Means over the tokens of all ranks since the last call, then starts again; {} if there were no
-        tokens.
+        tokens. A channel without tokens has no means.
 
         A collective where `torch.distributed` is initialised: call it on every rank. A rank without tokens
         takes part on `device`.
@@ -85,29 +146,49 @@ class RunningStatistics:
         dtype = torch.float32 if device.type == "mps" else torch.float64
         sums = self._sums.pop(training, None)
         if sums is None:
-            sums = torch.zeros(len(NAMES) + 2, dtype=dtype, device=device)
+            sums = torch.zeros(1 + len(self.channels), len(NAMES) + 2, dtype=dtype, device=device)
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if distributed and torch.distributed.get_world_size() > 1:
             torch.distributed.all_reduce(sums)
         # The ranks agree on the names, also with a rank that made no call.
-        count, gated, *totals = sums.tolist()
-        counts = {name: gated if name in GATED else count for name in NAMES}
-        return {
-            name: total / counts[name] for name, total in zip(NAMES, totals, strict=True) if counts[name] > 0
-        }
+        means: dict[str, float] = {}
+        endings = ["", *(f"/{channel}" for channel in self.channels)]
+        for ending, (count, gated, *totals) in zip(endings, sums.tolist(), strict=True):
+            counts = {name: gated if name in GATED else count for name in NAMES}
+            means |= {
+                name + ending: total / counts[name]
+                for name, total in zip(NAMES, totals, strict=True)
+                if counts[name] > 0
+            }
+        return means
 
 
-def _local(stats: RowStatistics, valid: Tensor) -> tuple[RowStatistics, Tensor]:
+def named_channels(channels: Sequence[str]) -> tuple[str, ...]:
+    names = () if isinstance(channels, str) else tuple(channels)
+    wrong = isinstance(channels, str) or not all(isinstance(name, str) and name for name in names)
+    if wrong or len(set(names)) != len(names):
+        raise ValueError(f"channels: expected names that differ, got {channels!r}")
+    return names
+
+
+def _local(
+    stats: RowStatistics, valid: Tensor, channels: Tensor | None
+) -> tuple[RowStatistics, Tensor, Tensor | None]:
     """This rank's rows, where the logits were DTensors; replicated ones count on every rank alike."""
     if not is_dtensor(stats.logp):
-        return stats, _whole(valid)
-    lying: Any = stats.logp
-    mask: Any = valid
-    if is_dtensor(mask):
-        mask = mask.redistribute(lying.device_mesh, lying.placements).to_local()
-    elif any(placement.is_shard() for placement in lying.placements):
-        raise TypeError("valid: the statistics are DTensors with sharded rows; expected a DTensor too")
-    return RowStatistics(*(None if s is None else s.to_local() for s in stats)), mask  # type: ignore
+        return stats, _whole(valid), None if channels is None else _whole(channels)
+    own = RowStatistics(*(None if s is None else s.to_local() for s in stats))  # type: ignore
+    own_channels = None if channels is None else _laid_as(stats.logp, "channel", channels)
+    return own, _laid_as(stats.logp, "valid", valid), own_channels
+
+
+def _laid_as(lying: Any, name: str, rows: Any) -> Tensor:
+    """This rank's part of `rows`, as it has one of the statistics."""
+    if is_dtensor(rows):
+        return rows.redistribute(lying.device_mesh, lying.placements).to_local()
+    if any(placement.is_shard() for placement in lying.placements):
+        raise TypeError(f"{name}: the statistics are DTensors with sharded rows; expected a DTensor too")
+    return rows
 
 
 def _whole(valid: Any) -> Tensor:

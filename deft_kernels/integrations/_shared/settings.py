@@ -23,6 +23,8 @@ from ...objectives import Objective
 from ...row_objectives import RowObjective
 from .running import RunningStatistics
 
+COLUMN = "it is a column of the data set here: columns=Columns(token_weight=its name)"
+
 
 class TrainerKeywords(OfUser, OfZLoss, OfSmoothing, total=False):
     """What a trainer leaves to the user: all but the objective, the batch and what `OfCaller` holds."""
@@ -46,7 +48,7 @@ def checked(call: str, table: Any, keywords: Mapping[str, object]) -> dict[str, 
     known = tuple(table.__annotations__)
     for name in keywords:
         if name not in known:
-            hint = meant((*known, "objective"), name)
+            hint = COLUMN if name == "token_weight" else meant((*known, "objective"), name)
             raise TypeError(
                 f"{name}: not a keyword of {call}; {'' if hint is None else hint + '; '}known: "
                 f"{', '.join(known)} (reduction, shift, num_items and ignore_index follow from what the "
