@@ -92,6 +92,8 @@ def fused_linear_deft_loss(
         chunk_bytes: size of the buffer of logits; a chunk holds at least one row. None: 32 MiB on a CPU. On a
             GPU one chunk, if that takes no more memory than 1 GiB and the fp32 sum of dW that several chunks
             need; otherwise 1 GiB.
+        skip_ignored: leave rows that do not count out of the products. On a GPU the host has to wait for
+            their number; False multiplies every row, and the host waits for nothing.
         group: torch.distributed ranks that split the head: weight is [V_r, D] and bias [V_r], this rank's
             rows of them; hidden is the same on every rank, and so is everything else (see `deft_loss`). Every
             rank's gradient of hidden is the whole one.
@@ -112,8 +114,8 @@ def fused_linear_deft_loss(
         mean_prob is given.
         With a group: one all-gather of 5 to 8 numbers a row for each chunk of the forward, and one all-reduce
         of hidden's gradient, in fp32 for half precision.
-    Limits: first derivatives only. On a GPU the host waits once for the number of rows that count, and once
-        for cayley's mean p.
+    Limits: first derivatives only. On a GPU the host waits once for the number of rows that count, unless
+        skip_ignored is False, and once for cayley's mean p.
     Source: DEFT, arXiv:2602.11424.
     """
     request = checked(keywords, return_stats)
@@ -168,8 +170,8 @@ def fused_linear_row_statistics(
         ratio = (r.logp - old_logp).exp()
         loss = -(ratio * advantage).mean() - 0.01 * r.entropy.mean()
 
-    Args: hidden, weight, labels, bias, chunk_bytes as in `fused_linear_deft_loss`; the others as in
-        `row_statistics`.
+    Args: hidden, weight, labels, bias, chunk_bytes, skip_ignored as in `fused_linear_deft_loss`; the others
+        as in `row_statistics`.
     Returns: as `row_statistics`; the logits are those that F.linear would give, in its dtype, and gradients
         have the dtypes of hidden, weight and bias, the latter two summed in fp32 and cast once.
     Raises: as `fused_linear_deft_loss`.
@@ -177,7 +179,8 @@ def fused_linear_row_statistics(
         the logits once more and 2 for the gradients.
         With a group: one all-gather of 7 numbers a row for each chunk of the forward, and one all-reduce of
         hidden's gradient.
-    Limits: first derivatives only. On a GPU the host waits once for the number of rows that count.
+    Limits: first derivatives only. On a GPU the host waits once for the number of rows that count, unless
+        skip_ignored is False.
     Source: docs/mathematics.md; examples in docs/recipes.md.
     """
     request = checked(keywords)

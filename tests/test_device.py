@@ -56,6 +56,23 @@ def test_the_host_waits_for_nothing(mode: str) -> None:
         (stats.logp + stats.entropy).sum().backward()
 
 
+def test_the_host_waits_for_nothing_from_hidden_states() -> None:
+    torch.manual_seed(0)
+    hidden, weight = (torch.randn(n, 16, device="cuda", dtype=torch.bfloat16) for n in (9, 515))
+    labels = torch.randint(0, 515, (9,), device="cuda")
+    labels[3] = -100
+
+    def run() -> Tensor:
+        leaves = [t.detach().clone().requires_grad_() for t in (hidden, weight)]
+        fused_linear_deft_loss(*leaves, labels, skip_ignored=False).backward()
+        return leaves[0].grad
+
+    expected = run()  # compiles
+    with refusing_waits():
+        found = run()
+    assert torch.equal(found, expected)
+
+
 def captured(run: Callable[[], tuple[Tensor, ...]]) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
     """A graph of `run`, warmed up beside the default stream as capture asks for."""
     stream = torch.cuda.Stream()

@@ -255,6 +255,21 @@ def test_under_graph_capture_every_row_is_worked_on(monkeypatch, backend, device
     agree(problem.run(fused(backend=backend)), problem.run(unfused(), double=True))
 
 
+@pytest.mark.parametrize("name", ["deft", "band", "function"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_rows_are_not_counted_without_skipping(reduction, name, monkeypatch, backend, device):
+    """`skip_ignored=False` asks for no number of rows, in the forward or the backward; same results."""
+
+    def asked(*_: object) -> None:
+        raise AssertionError("the host asked which rows count")
+
+    problem = Problem(device, IGNORED["some"])
+    keywords = {"objective": OBJECTIVES[name], "reduction": reduction}
+    expected = problem.run(unfused(**keywords), double=True)
+    monkeypatch.setattr(Tensor, "nonzero", asked)
+    agree(problem.run(fused(backend=backend, skip_ignored=False, **keywords)), expected)
+
+
 # No row to count -------------------------------------------------------------------------------------------
 
 
@@ -502,6 +517,7 @@ def test_autocast_leaves_float64_alone(device):
         ({"softcap": 0.0}, ValueError, "softcap"),
         ({"chunk_bytes": 0}, ValueError, "chunk_bytes"),
         ({"chunk_bytes": 1e6}, TypeError, "chunk_bytes"),
+        ({"skip_ignored": None}, TypeError, "skip_ignored"),
         ({"shift": 1.0}, TypeError, "shift"),
         ({"return_stats": None}, TypeError, "return_stats"),
         ({"backend": "cuda"}, ValueError, "backend"),

@@ -95,6 +95,7 @@ class OfLogits(OfLoss, OfGradient, total=False):
 
 class OfChunks(TypedDict, total=False):
     chunk_bytes: Annotated[int | None, None]
+    skip_ignored: Annotated[bool, True]
 
 
 class OfHidden(OfLoss, OfChunks, total=False):
@@ -154,6 +155,7 @@ class Request(NamedTuple):
     inplace: bool
     grad_in_forward: bool | None
     chunk_bytes: int | None
+    skip_ignored: bool
     return_stats: bool
     group: Any
     backend: str
@@ -183,6 +185,7 @@ class Request(NamedTuple):
             self.inplace,
             backend,
             shard,
+            self.skip_ignored,
         )
 
     def spec_of_statistics(self, backend: str, shard: Shard | None) -> Spec:
@@ -194,6 +197,7 @@ class Request(NamedTuple):
             statistics=True,
             backend=backend,
             shard=shard,
+            skip_ignored=self.skip_ignored,
         )
 
     def weighting(self) -> Weighting:
@@ -247,6 +251,7 @@ def checked(keywords: Mapping[str, Any], return_stats: bool = False) -> Request:
         checks.flag("inplace", given["inplace"]),
         None if in_forward is None else checks.flag("grad_in_forward", in_forward),
         None if chunk_bytes is None else checks.bytes_of("chunk_bytes", chunk_bytes),
+        checks.flag("skip_ignored", given["skip_ignored"]),
         checks.flag("return_stats", return_stats),
         given["group"],
         given["backend"],

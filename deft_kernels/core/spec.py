@@ -22,6 +22,7 @@ class Spec:
     softcap: 0 for none.  anchor: no backend reads it; it is here for the ranks to compare.
     statistics: also reduce what the loss itself does not need (entropy, max p).
     backend: "triton" or "torch", already resolved.  inplace: the backward overwrites the logits.
+    skip_ignored: whether rows that do not count are left out before the first product of hidden states.
     shard: which columns the logits are, where a vocabulary is split between ranks; None for all.
     """
 
@@ -35,6 +36,7 @@ class Spec:
     inplace: bool = False
     backend: str = "torch"
     shard: Shard | None = None
+    skip_ignored: bool = True
 
     def encode(self) -> tuple[str, list[float]]:
         """(code, numbers) for an operator call; torch.compile folds both to constants.
@@ -43,7 +45,7 @@ class Spec:
         finds it by the graph alone, even if an operator had outputs of another shape when it was generated.
         """
         o = self.objective
-        flags = f"{int(o.detach)}{int(self.statistics)}{int(self.inplace)}"
+        flags = f"{int(o.detach)}{int(self.statistics)}{int(self.inplace)}{int(self.skip_ignored)}"
         start, size, ranks, group, known = self.shard or (0, 0, 0, "", 0)
         place = f"{start}:{size}:{ranks}:{known}:{_quoted(group)}"
         code = f"{len(Field)}:{o.family}:{o.focus}:{flags}:{self.backend}:{place}:{_quoted(o.batch_group)}"
@@ -116,7 +118,7 @@ def _unquoted(name: str) -> str:
 @lru_cache(maxsize=256)
 def _decode(code: str, numbers: tuple[float, ...]) -> Spec:
     _, family, focus, flags, backend, *place, group, batch_group = code.split(":")
-    detach, statistics, inplace = (flag == "1" for flag in flags)
+    detach, statistics, inplace, skip = (flag == "1" for flag in flags)
     alpha, eps, power, top_k, low, high, mean_prob, *settings = numbers
     given = None if mean_prob < 0 else mean_prob
     kind: tuple[Any, Any] = (family, focus)
@@ -125,4 +127,5 @@ def _decode(code: str, numbers: tuple[float, ...]) -> Spec:
     start, size, ranks, known = (int(number) for number in place)
     shard = Shard(start, size, ranks, _unquoted(group), known) if ranks else None
     named: dict[str, Any] = dict(zip(SETTINGS, settings, strict=True))
-    return Spec(objective, **named, statistics=statistics, inplace=inplace, backend=backend, shard=shard)
+    flagged = {"statistics": statistics, "inplace": inplace, "skip_ignored": skip}
+    return Spec(objective, **named, **flagged, backend=backend, shard=shard)

@@ -47,6 +47,7 @@ DIGEST = (
     "return_stats",
     "the size of hidden",
     "chunk_bytes",
+    "skip_ignored",
     "which gradients are wanted",
 )
 CALLS = (
@@ -101,6 +102,7 @@ def compare(
         "return_stats": 1 + spec.statistics,
         "the size of hidden": 0 if hidden is None else hidden.shape[-1],
         "chunk_bytes": budget,
+        "skip_ignored": 0 if hidden is None else 1 + spec.skip_ignored,
         "which gradients are wanted": 0 if hidden is None else 1 + wanted,
     }
     place = (shard.start, width, shard.size, int(shard.width >= 0))

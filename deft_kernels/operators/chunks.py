@@ -70,14 +70,15 @@ class Chunks:
     """The rows to be worked on, chunk by chunk.
 
     Rows that are not `kept` are left out before the first product. Their number has to be known to the host,
-    which on a GPU waits for it once a call; while a CUDA graph is captured, every row is worked on instead.
+    which on a GPU waits for it once a call; while a CUDA graph is captured, or without `skip`, every row is
+    worked on instead.
     """
 
-    def __init__(self, head: Head, kept: Tensor):
+    def __init__(self, head: Head, kept: Tensor, skip: bool):
         hidden, weight, product = head.hidden, head.weight, head.product
         self.head, self.index = head, None
         self.count = hidden.shape[0]
-        if not _capturing(hidden.device):
+        if skip and not _capturing(hidden.device):
             index = kept.nonzero().squeeze(1)
             if index.numel() < self.count:
                 self.index, self.count = index, index.numel()
@@ -161,7 +162,7 @@ def row_loss(
     backend: Backend, head: Head, labels: Tensor, class_weight: Tensor | None, ignore_index: int, spec: Spec
 ) -> tuple[Tensor, Tensor]:
     """(loss [N], rows [len(Field), N])."""
-    chunks, results = Chunks(head, labels != ignore_index), Results(head)
+    chunks, results = Chunks(head, labels != ignore_index, spec.skip_ignored), Results(head)
     spec = _with_batch_mean(backend, chunks, labels, ignore_index, spec)
     for chunk in chunks:
         part = backend.row_loss(chunk.logits, labels[chunk.rows], class_weight, ignore_index, spec)
@@ -180,7 +181,7 @@ def loss_with_gradient(
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Gradients]:
     """(loss [N], rows, gradients of sum_i row_scale_i loss_i by hidden, weight and bias)."""
-    chunks, results = Chunks(head, labels != ignore_index), Results(head)
+    chunks, results = Chunks(head, labels != ignore_index, spec.skip_ignored), Results(head)
     spec = _with_batch_mean(backend, chunks, labels, ignore_index, spec)
     gradients = _Accumulators(chunks, wanted)
     for chunk in chunks:
@@ -203,7 +204,7 @@ def loss_of_terms_with_gradient(
     of_rows: Callable[..., tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor, Gradients]:
     """`loss_with_gradient` of rows that `of_rows(rows, loss, labels, which)` makes of the objective's."""
-    chunks, results = Chunks(head, labels != ignore_index), Results(head)
+    chunks, results = Chunks(head, labels != ignore_index, spec.skip_ignored), Results(head)
     spec = _with_batch_mean(backend, chunks, labels, ignore_index, spec)
     gradients = _Accumulators(chunks, wanted)
     for chunk in chunks:
@@ -228,7 +229,7 @@ def gradient(
     wanted: list[bool],
 ) -> Gradients:
     """Gradients for an upstream `dloss` [N] from the rows of an earlier call; the logits are made again."""
-    chunks = Chunks(head, rows[Field.KEPT] != 0)
+    chunks = Chunks(head, rows[Field.KEPT] != 0, spec.skip_ignored)
     gradients = _Accumulators(chunks, wanted)
     for chunk in chunks:
         own, upstream = rows[:, chunk.rows].contiguous(), dloss[chunk.rows].contiguous()
