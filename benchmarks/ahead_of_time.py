@@ -47,6 +47,7 @@ OBJECTIVES = {
 }
 KERNELS = ("statistics", "statistics-stored", "combine", "finish", "gradient", "fused")
 VOCABULARY = 128256
+NARROW = 32000  # has entries of its own in the launch table
 
 # The kernels' parameters, by name.
 RECORDS: dict[str, Any] = {"strides": Strides, "out_strides": Strides, "numbers": Numbers}
@@ -69,7 +70,7 @@ class Variant:
     objective: str
     dtype: str
     arch: str
-    options: str = ""  # of: softcap, smoothing, weights, zloss, peel, stats, ones
+    options: str = ""  # of: softcap, smoothing, weights, zloss, peel, stats, ones, narrow
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def source(variant: Variant) -> tuple[ASTSource, dict[str, Any]]:
     spec, options = _spec(variant), variant.options.split(",")
     itemsize, hip = ITEMSIZE[variant.dtype], TARGETS[variant.arch].backend == "hip"
     warp = 64 if hip else 32
-    vocabulary = 1 if "ones" in options else VOCABULARY
+    vocabulary = 1 if "ones" in options else NARROW if "narrow" in options else VOCABULARY
     if variant.kernel == "gradient":
         plan = tuning.gradient(vocabulary, itemsize, warp)
     elif variant.kernel == "fused":
@@ -154,7 +155,9 @@ def source(variant: Variant) -> tuple[ASTSource, dict[str, Any]]:
         else:
             signature[name] = declare(name, index)
     compiled = ASTSource(kernel, signature=signature, constexprs=constexprs, attrs=attributes)
-    chosen = variants.compiler_of_reductions if variant.kernel.startswith("statistics") else variants.compiler
+    chosen = variants.compiler_of(plan)
+    if variant.kernel.startswith("statistics"):
+        chosen = variants.compiler_of_reductions
     return compiled, {"num_warps": 1 if variant.kernel in ("combine", "finish") else plan.num_warps, **chosen}
 
 

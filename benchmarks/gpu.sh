@@ -78,7 +78,7 @@ hour)
     if [ -n "$dry" ]; then
         cases="both and 4x300 and deft" only=$few shapes=
     elif "$python" -c 'import xdist' 2>/dev/null; then
-        workers=(-n 14)
+        workers=(-n 14 --benchmark-disable)
     fi
     part tests "${TESTS:-110}" "$python" -m pytest -q --tb=short "${workers[@]}" tests/test_launch.py \
         tests/test_accuracy.py tests/test_accuracy_options.py tests/test_eager.py tests/test_predicted.py \
@@ -98,7 +98,7 @@ tests)
     if [ -n "$dry" ]; then
         set -- tests/test_launch.py -k "$few" "$@"
     elif "$python" -c 'import xdist' 2>/dev/null; then
-        set -- -n 8 "$@" # most of the time goes into compiling
+        set -- -n 8 --benchmark-disable "$@" # most of the time goes into compiling
     fi
     limited 570 "$python" -m pytest -q --ignore=tests/test_machine_code.py "$@" 2>&1 | tee "$out/tests.log"
     ;;
@@ -110,7 +110,7 @@ sanitize)
             echo "skipped $tool: compute-sanitizer is not installed"
         else
             # Without the caching allocator every tensor ends where its memory ends.
-            PYTORCH_NO_CUDA_MEMORY_CACHING=1 limited 280 compute-sanitizer --tool "$tool" \
+            PYTORCH_NO_CUDA_MEMORY_CACHING=1 limited "${SANITIZE:-280}" compute-sanitizer --tool "$tool" \
                 --target-processes application-only --error-exitcode 9 \
                 "$python" -m pytest -q tests/test_launch.py -k "$few" "$@" 2>&1 | tee "$out/$tool.log"
         fi

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -30,7 +31,7 @@ from deft_kernels import fused_linear_deft_loss, gated_loss
 Step = Callable[[Tensor, Tensor, Tensor], object]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MIB = 2**20
-ROUNDS = 9
+ROUNDS = 15
 
 
 def stepped(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Step:
@@ -120,9 +121,10 @@ def measure(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.devic
             if name.startswith(("deft", "nll", "products", "F.")):
                 raise
             records[name]["failure"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-    for turn in range(ROUNDS if device.type == "cuda" else 1):
-        order = list(times)
-        for name in order if turn % 2 == 0 else reversed(order):
+    shuffled = random.Random(0)
+    for _ in range(ROUNDS if device.type == "cuda" else 1):
+        # Another order each round: what ran before leaves the GPU's clock higher or lower.
+        for name in shuffled.sample(list(times), len(times)):
             times[name].append(clock(device, lambda name=name: steps[name](hidden, weight, labels)))
     floor = median(times["products"])
     for name, taken in times.items():

@@ -44,7 +44,7 @@ STATISTICS, STATISTICS_ENTROPY, GRADIENT, GRADIENT_GENERAL = 7.5, 8.8, 6.0, 8.0
 def budget(variant: Variant, loop: str) -> float | None:
     """None where no budget is stated: other dtypes and architectures, transformed logits, max p."""
     spec = Spec(OBJECTIVES[variant.objective], statistics="stats" in variant.options.split(","))
-    if (variant.arch, variant.dtype, variant.options) != ("90", "bf16", "") or spec.peaks:
+    if (variant.arch, variant.dtype) != ("90", "bf16") or variant.options not in ("", "narrow") or spec.peaks:
         return None
     if loop == "statistics":
         return STATISTICS_ENTROPY if spec.needs_entropy else STATISTICS
@@ -149,7 +149,9 @@ def main() -> None:
     parser.add_argument("--kernel", nargs="+", default=list(KERNELS), choices=KERNELS)
     parser.add_argument("--objective", nargs="+", default=list(OBJECTIVES), choices=list(OBJECTIVES))
     parser.add_argument(
-        "--options", default="", help="comma-separated: softcap, smoothing, weights, zloss, peel, stats, ones"
+        "--options",
+        default="",
+        help="comma-separated: softcap, smoothing, weights, zloss, peel, stats, ones, narrow",
     )
     parser.add_argument("--gpu", choices=list(GPUS), help="whose rates (default: one of each architecture)")
     parser.add_argument(

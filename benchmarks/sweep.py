@@ -53,7 +53,8 @@ class Candidate:
 
     def __str__(self) -> str:
         text = f"num_warps={self.plan.num_warps}, width={self.plan.width}"
-        text += "".join(f", {name}" for name in ("tail", "near") if getattr(self.plan, name))
+        text += "".join(f", {name}" for name in ("tail", "near", "deep") if getattr(self.plan, name))
+        text += f", registers={self.plan.registers}" if self.plan.registers else ""
         text += "" if self.slices is None else f", SLICE_TURNS={self.slices}"
         return text + ("" if self.splits is None else f", splits={self.splits}")
 
@@ -70,10 +71,17 @@ def candidates(kernel: str, rows: int, itemsize: int, processors: int) -> list[C
     if kernel == "statistics, gradient":
         return [Candidate(tuning.Launch(w, width), slices=8, splits=1) for w in warps[2:4] or warps]
     if kernel.startswith("fused"):
+        # Registers of a thread with which two, three or four programs of 8 warps share a multiprocessor.
         return [
-            Candidate(tuning.Launch(w, width, tail=True, near=near))
+            Candidate(tuning.Launch(w, width, tail=True, near=near, deep=deep, registers=registers))
             for w in warps[2:] or warps
-            for near in off_on
+            for near, deep, counts in (
+                (False, False, (0,)),
+                (True, False, (0, 64)),
+                (True, True, (0, 64, 72, 128)),
+            )
+            for registers in counts
+            if w * registers <= 2048 and (registers != 72 or w == 8)
         ]
     splits = (1,) if rows >= 2 * processors else (1, 2) if DRY else (1, 2, 4, 8, 16, 32, 64)
     return [

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import model
 import pytest
 import torch
 from gpus import GPUS, occupancy, programs, rates
@@ -132,3 +135,18 @@ def test_tables_by_the_number_of_rows() -> None:
 
     shapes = [(32000, 4096), (50257, 4096), (32000, 512), (50257, 333)]
     assert groups(shapes) == [[(32000, 4096), (50257, 4096)], [(32000, 512), (50257, 333)]]
+
+
+def test_predictions_follow_the_records() -> None:
+    """docs/predictions.md is what the command writes; a bound falls when what it consists of falls."""
+    assert (model.ROOT / "docs" / "predictions.md").read_text() == model.page()
+    gpu, code = GPUS["H100"], model.counted()["fused deft"]
+    whole = model.two_visits(gpu, 8192, 128256, code).copies
+    assert model.two_visits(gpu, 8192, 128256, replace(code, fixed=code.fixed // 2)).copies < whole
+    assert model.two_visits(gpu, 8192, 128256, replace(code, blocks=32768)).copies > whole
+    # Twice as many rows in flight as L2 keeps: half of them are read again.
+    crowded = model.two_visits(gpu, 8192, 128256, replace(code, programs=2, fixed=0))
+    assert crowded.copies == pytest.approx(1.25, rel=0.03)
+    narrow = model.counted()["statistics deft narrow"]
+    few = model.one_visit(gpu, 4096, 32000, replace(narrow, in_flight=narrow.in_flight / 8), 1)
+    assert few.copies > 1.5 * model.one_visit(gpu, 4096, 32000, narrow, 1).copies

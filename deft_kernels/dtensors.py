@@ -18,6 +18,7 @@ from .core.reduction import class_weights
 from .core.settings import Request
 from .core.statistics import RowStatistics, loss_dtype
 from .objectives import Objective
+from .row_objectives import RowObjective
 
 
 def refuse_dtensors(tensors: dict[str, Any], of: str) -> None:
@@ -144,11 +145,18 @@ def loss_of_dtensor(call: Callable[..., Any], logits: Any, labels: Any, request:
     checks.check_token_weight(request.token_weight, labels, logits)
     checks.check_class_weight(request.class_weight, logits, logits.shape[-1])
     weight: Any = request.class_weight
+    terms, objective = request.terms(), request.objective
+    if terms is not None:
+        terms.check(labels)
+    if isinstance(objective, RowObjective):
+        objective = objective.mapped(lambda x, name: x if x.dim() == 0 else layout.local(x, name))
     labels = layout.local(labels, "labels")
     request = request._replace(
         token_weight=layout.local(request.token_weight, "token_weight"),
         class_weight=weight.full_tensor() if is_dtensor(weight) else weight,
         num_items=layout.number(request.num_items, "num_items"),
+        reference_logp=layout.local(request.reference_logp, "reference_logp"),
+        objective=objective,
         group=layout.group,
     )
     if layout.batch:
@@ -212,12 +220,12 @@ def _checked(logits: Any, labels: Any, request: Request) -> _Layout:
 def _over_all_rows(layout: _Layout, request: Request) -> Any:
     """The objective, with the mean p of `cayley` that of the rows of all ranks."""
     objective = request.objective
-    if not isinstance(objective, Objective):
+    if not isinstance(objective, Objective | RowObjective):
         return objective
     own_mean = request.reduction == "mean" and request.num_items is None
     if objective.has_band and own_mean:
         raise ValueError("objective: a band on p with a mean over rows that are sharded: pass num_items")
-    if not objective.needs_batch or objective.batch_group:
+    if isinstance(objective, RowObjective) or not objective.needs_batch or objective.batch_group:
         return objective
     if len(layout.batch) > 1:
         raise ValueError(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from . import objectives, reference
+from . import reference
 from .backends import choice
 from .core import checks
 from .core.inputs import addressable, aligned, shard_of
@@ -23,9 +23,9 @@ from .dtensors import is_dtensor, loss_of_dtensor, refuse_dtensors, statistics_o
 from .objectives import Objective
 from .operators import functions
 from .operators import logits as logits_operators
-from .operators import weighted as weighted_operators
+from .operators import terms as terms_operators
 from .operators.eager import watched
-from .weighted import Weighted
+from .row_objectives import RowObjective
 
 Loss = Tensor | tuple[Tensor, RowStatistics]
 
@@ -62,8 +62,9 @@ def deft_loss(
     Other objectives: module `objectives`. A row's full loss is
 
         (1 - label_smoothing) w_y objective + label_smoothing / V sum_c w_c (lse - z_c) + z_loss lse^2
+        + anchor (e^D - D - 1),  D = reference_logp - logp
 
-    times its token weight; without smoothing, z-loss and weights that is the objective.
+    times its token weight; without smoothing, z-loss, anchor and weights that is the objective.
 
     Args:
         logits: [..., V], fp32, bf16, fp16 or fp64; any strides. -inf (masked vocabulary) is legal. A DTensor
@@ -91,6 +92,9 @@ def deft_loss(
         z_loss, label_smoothing: factors, see above. Under torch.compile these numbers and the objective's are
             constants of the graph: each new value compiles again, and after eight torch runs the call
             uncompiled. num_items may change from call to call. A NumPy number breaks the graph.
+        anchor, reference_logp: a factor above 0, and [...], the log-probability that a reference model gives
+            each target, held constant; both or none. What is added is the k3 estimate of the divergence from
+            that model on the target. Like a token weight, the entry at t goes with the logits at t.
         inplace: the backward overwrites the logits with their gradient; a later use of them in autograd
             raises. Saves one [N, V] tensor.
         grad_in_forward: make the gradient in the forward, in the same visit to the logits. None: where it
@@ -132,8 +136,10 @@ def deft_loss(
 def loss_of_logits(logits: Tensor, labels: Tensor, request: Request) -> Loss:
     """`deft_loss` of plain tensors."""
     objective, weight, ignore_index = request.objective, request.class_weight, request.ignore_index
-    given = {"labels": labels, "token_weight": request.token_weight, "weight": weight}
-    refuse_dtensors(given | {"num_items": request.num_items}, "logits")
+    terms = request.terms()
+    given: dict[str, Any] = {"labels": labels, "token_weight": request.token_weight, "weight": weight}
+    given |= {"num_items": request.num_items} | ({} if terms is None else terms.tensors())
+    refuse_dtensors(given, "logits")
     checks.check_logits(logits, part=request.group is not None)
     checks.check_labels(labels, logits)
     checks.check_token_weight(request.token_weight, labels, logits)
@@ -143,21 +149,9 @@ def loss_of_logits(logits: Tensor, labels: Tensor, request: Request) -> Loss:
     checks.check_class_weight(weight, logits, vocabulary)
     shape, flat = labels.shape, aligned(labels, request.shift, ignore_index)
     weighting = request.weighting()
-    if isinstance(objective, Weighted):
-        objective.check_inputs(labels)
-        if chosen != "reference":
-            checks.check_no_transform(logits)
-            spec = request.spec(objectives.nll(), chosen, shard, statistics=True)
-            wanted = bool(request.grad_in_forward) and in_forward(True, spec, weighting, logits)
-            if request.inplace:
-                checks.check_inplace(logits)
-            args = (flat, weighting, request.ignore_index, spec)
-            loss, rows = weighted_operators.loss(objective, addressable(logits), *args, in_forward=wanted)
-            loss = loss.reshape(shape) if request.reduction == "none" else loss
-            return (loss, statistics_record(rows, shape, vocabulary)) if request.return_stats else loss
-        weights = _reference_weights(objective, logits, flat.reshape(shape), request)
-        return _reference(weights, logits, flat.reshape(shape), request)
-    if not isinstance(objective, Objective):
+    if terms is not None:
+        terms.check(labels)
+    if not isinstance(objective, Objective | RowObjective):
         _refuse_for_function(request)
         return _loss_of_function(objective, logits, flat, shape, weighting, request)
     if chosen == "reference":
@@ -166,18 +160,23 @@ def loss_of_logits(logits: Tensor, labels: Tensor, request: Request) -> Loss:
     checks.check_no_transform(logits)
     if request.inplace:
         checks.check_inplace(logits)
-    spec = request.spec(objective, chosen, shard, statistics=request.return_stats)
+    spec = request.spec(chosen, shard)
     logits = addressable(logits)
     # First, so that what cannot be honoured also raises in evaluation.
     forward = in_forward(request.grad_in_forward, spec, weighting, logits)
-    if forward and torch.is_grad_enabled() and logits.requires_grad:
+    if terms is not None:
+        # Not where it would only pay: made of formulas, it takes two visits to the logits in any case.
+        forward = forward and bool(request.grad_in_forward)
+        args = (flat, weighting, ignore_index, spec)
+        loss, rows = terms_operators.loss(terms, logits, *args, in_forward=forward)
+    elif forward and torch.is_grad_enabled() and logits.requires_grad:
         loss, rows = _loss_with_gradient(logits, flat, weighting, ignore_index, spec)
-    elif _few_launches(logits, flat, weighting, spec) and not objective.has_band:
+    elif _few_launches(logits, flat, weighting, spec) and not spec.objective.has_band:
         loss, rows = functions.mean_loss(logits, flat, ignore_index, spec)
     else:
         row_losses, rows = functions.row_loss(logits, flat, weighting.class_weight, ignore_index, spec)
         loss = weighting.reduce(row_losses, rows[Field.KEPT] != 0, flat)
-        loss = loss.reshape(shape) if request.reduction == "none" else loss
+    loss = loss.reshape(shape) if request.reduction == "none" else loss
     return (loss, statistics_record(rows, shape, vocabulary)) if request.return_stats else loss
 
 
@@ -216,20 +215,22 @@ def _loss_of_function(
     """Of an objective that is a function of differentiable statistics; `flat` labels are shifted already."""
     stats = statistics_of_logits(logits, flat.reshape(shape), request._replace(shift=0))
     valid = flat != request.ignore_index
-    rows = own_rows(objective, stats, weighting.class_weight, flat, valid, request.z_loss)
+    rows = own_rows(objective, stats, weighting.class_weight, flat, valid, request.z_loss, request.terms())
     loss = weighting.reduce(rows, valid, flat)
     loss = loss.reshape(shape) if request.reduction == "none" else loss
     return (loss, detached(stats)) if request.return_stats else loss
 
 
-def _reference_weights(objective: Weighted, logits: Tensor, labels: Tensor, request: Request) -> Any:
-    """The objective as the reference reads one, its weights made of the reference's own statistics."""
+def _for_reference(objective: RowObjective, logits: Tensor, labels: Tensor, request: Request) -> Any:
+    """The objective as the reference reads one; weights are made of the reference's own statistics."""
+    band = {"low": objective.low, "high": objective.high}
+    if not objective.needs_statistics:
+        return SimpleNamespace(focus="given alpha", alpha=objective.inputs["alpha"].detach(), **band)
     with torch.no_grad():
-        plain = request._replace(shift=0, group=None)
-        stats = statistics_of_logits(logits.detach(), labels, plain)
+        stats = statistics_of_logits(logits.detach(), labels, request._replace(shift=0, group=None))
     flat = RowStatistics(*(None if s is None else s.reshape(-1) for s in stats))  # type: ignore[arg-type]
-    valid = labels.reshape(-1) != request.ignore_index
-    return SimpleNamespace(focus="given", weight=objective.of(flat, valid), low=0.0, high=1.0, batch_group="")
+    values = objective.of(flat, labels.reshape(-1) != request.ignore_index)
+    return SimpleNamespace(focus="given", weight=values.gate, **band)
 
 
 def _reference(objective: Any, logits: Tensor, labels: Tensor, request: Request) -> Loss:
@@ -237,9 +238,11 @@ def _reference(objective: Any, logits: Tensor, labels: Tensor, request: Request)
     for name, asked in (("inplace", request.inplace), ("grad_in_forward", request.grad_in_forward)):
         if asked:
             raise ValueError(f'{name}: not available with backend="reference", which uses autograd')
-    if objective.batch_group:
+    if isinstance(objective, Objective) and objective.batch_group:
         raise ValueError('batch_group: not available with backend="reference", which is one process')
     checks.check_label_range(labels.reshape(-1), logits.shape[-1], request.ignore_index)
+    if isinstance(objective, RowObjective):
+        objective = _for_reference(objective, logits, labels, request)
     loss, stats = reference.loss(logits, labels, **request.for_reference() | {"objective": objective})
     return (loss, RowStatistics(**stats)) if request.return_stats else loss
 

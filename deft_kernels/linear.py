@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from . import objectives
 from .backends import choice
 from .core import checks
 from .core.groups import Shard
@@ -27,9 +26,9 @@ from .functional import Loss, loss_of_logits, statistics_of_logits
 from .objectives import Objective
 from .operators import functions
 from .operators import hidden as hidden_operators
-from .operators import weighted as weighted_operators
+from .operators import terms as terms_operators
 from .operators.eager import watched
-from .weighted import Weighted
+from .row_objectives import RowObjective, Terms
 
 
 @overload
@@ -97,7 +96,8 @@ def fused_linear_deft_loss(
             rows of them; hidden is the same on every rank, and so is everything else (see `deft_loss`). Every
             rank's gradient of hidden is the whole one.
         objective, reduction, ignore_index, token_weight, num_items, shift, softcap, temperature, z_loss,
-        label_smoothing, return_stats, backend: as in `deft_loss`. backend="reference" is not chunked.
+        label_smoothing, anchor, reference_logp, return_stats, backend: as in `deft_loss`. With
+        backend="reference" nothing is chunked.
 
     Returns: as `deft_loss`. The logits are those that F.linear would give, in its dtype; the gradients have
         the dtype of hidden, weight and bias, that of weight and bias summed in fp32 and cast once. Gradients
@@ -118,27 +118,29 @@ def fused_linear_deft_loss(
     """
     request = checked(keywords, return_stats)
     call = _Call.of(hidden, weight, bias, labels, request)
-    if isinstance(request.objective, Weighted):
-        request.objective.check_inputs(labels)
+    terms = request.terms()
+    if terms is not None:
+        terms.check(labels)
     if call.backend == "reference":
         return loss_of_logits(call.logits(), labels, request)
     weighting, objective = request.weighting(), request.objective
     stats: RowStatistics | None = None
-    if isinstance(objective, Weighted):
-        loss, packed = call.of_weights(objective, request, weighting)
-        stats = statistics_record(packed, labels.shape, call.vocabulary) if return_stats else None
-    elif not isinstance(objective, Objective):
+    if not isinstance(objective, Objective | RowObjective):
         if request.label_smoothing > 0:
             raise ValueError(
                 "label_smoothing: not available with an objective that is a function of RowStatistics"
             )
         stats = call.statistics(request)
         valid = call.labels != request.ignore_index
-        rows = own_rows(objective, stats, weighting.class_weight, call.labels, valid, request.z_loss)
+        args = (weighting.class_weight, call.labels, valid, request.z_loss, terms)
+        rows = own_rows(objective, stats, *args)
         loss, stats = weighting.reduce(rows, valid, call.labels), detached(stats)
     else:
-        spec = request.spec(objective, call.backend, call.shard, statistics=return_stats)
-        loss, packed = call.of_objective(spec, weighting)
+        spec = request.spec(call.backend, call.shard)
+        if terms is None:
+            loss, packed = call.of_objective(spec, weighting)
+        else:
+            loss, packed = call.of_terms(terms, spec, weighting)
         if return_stats:
             stats = statistics_record(packed, labels.shape, call.vocabulary)
     loss = loss.reshape(labels.shape) if request.reduction == "none" else loss
@@ -217,8 +219,10 @@ class _Call:
         if request.group is not None and (is_dtensor(weight) or is_dtensor(bias)):
             raise ValueError("group: weight and bias are to be this rank's own rows; pass weight.to_local()")
         class_weight, token_weight = request.class_weight, request.token_weight
+        terms = request.terms()
         given = {"labels": labels, "token_weight": token_weight, "class_weight": class_weight}
-        refuse_dtensors(given | {"num_items": request.num_items}, "hidden")
+        given |= {"num_items": request.num_items} | ({} if terms is None else terms.tensors())
+        refuse_dtensors(given, "hidden")
         hidden, weight, bias = whole(hidden, weight, bias)
         check_head(hidden, weight, bias, request.group is not None)
         outline = checks.Outline((*hidden.shape[:-1], weight.shape[0]), hidden.device)
@@ -262,20 +266,17 @@ class _Call:
             spec = replace(spec, objective=replace(spec.objective, mean_prob=0.0, batch_group=""))
         return in_forward_obstacle(spec, weighting) is None
 
-    def of_weights(
-        self, objective: Weighted, request: Request, weighting: Weighting
-    ) -> tuple[Tensor, Tensor]:
+    def of_terms(self, terms: Terms, spec: Spec, weighting: Weighting) -> tuple[Tensor, Tensor]:
         """(loss, rows); with three products in plain eager calls, with four where somebody traces."""
-        spec = request.spec(objectives.nll(), self.backend, self.shard, statistics=True)
         classes, ignore_index = weighting.class_weight, self.ignore_index
         tensors = [x for x in (*self.inputs, self.labels, classes) if x is not None]
         if self._in_forward(spec, weighting) and not watched(*tensors):
-            loss, rows, *_ = weighted_operators.LinearLossWithGradient.apply(
+            loss, rows, *_ = terms_operators.LinearLossWithGradient.apply(
                 *self.inputs,
                 self.labels,
                 self._scale(weighting),
                 classes,
-                objective,
+                terms,
                 self.wanted,
                 self.product,
                 self.budget,
@@ -286,9 +287,9 @@ class _Call:
         with torch.no_grad():
             inputs = [None if x is None else x.detach() for x in self.inputs]
             plain, rows = hidden_operators.row_loss(*inputs, self.labels, classes, *self._settings(spec))
-        weights = weighted_operators.weights_of(objective, rows, self.labels, ignore_index, self.vocabulary)
-        args = (*self.inputs, self.labels, classes, rows, plain, weights)
-        losses, rows = weighted_operators.linear_row_loss(
+        own = terms_operators.values_of(terms, rows, self.labels, ignore_index, self.vocabulary)
+        args = (*self.inputs, self.labels, classes, rows, plain, own)
+        losses, rows = terms_operators.linear_row_loss(
             *args, self.wanted, self.product, self.budget, *spec.encode()
         )
         return weighting.reduce(losses, rows[Field.KEPT] != 0, self.labels), rows

@@ -23,16 +23,20 @@ from __future__ import annotations
 
 import math
 import numbers
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, overload
 
+from torch import Tensor
+
+from .core.bands import bounds
 from .core.checks import flag, kind_of, number
 from .core.groups import group_name
+from .row_objectives import RowObjective as RowObjective
+from .row_objectives import tsallis_of_rows as _tsallis_of_rows
 from .weighted import Weighted as Weighted
 from .weighted import chord as chord
-from .weighted import dft_to_a_power
+from .weighted import dft_to_a_power as _dft_to_a_power
 from .weighted import infosft as infosft
 from .weighted import mile as mile
 from .weighted import weighted as weighted
@@ -135,38 +139,8 @@ class Objective:
         Source: the Only-Top-P and Only-Bottom-P baselines of arXiv:2510.00526.
         Raises: ValueError for a text that is no band, or bounds that are not 0 <= low <= high <= 1.
         """
-        low, high = _parse_band(keep)
+        low, high = bounds(keep)
         return replace(self, low=low, high=high)
-
-
-def _parse_band(keep: str | tuple[float, float]) -> tuple[float, float]:
-    low, high = 0.0, 1.0
-    if isinstance(keep, str):
-        number = r"([0-9.]+(?:[eE][-+]?\d+)?)"
-        text = keep.replace(" ", "")
-        above, below = re.fullmatch(rf"p>={number}", text), re.fullmatch(rf"p<={number}", text)
-        both = re.fullmatch(rf"{number}<=p<={number}", text)
-        try:
-            if above:
-                low = float(above[1])
-            elif below:
-                high = float(below[1])
-            elif both:
-                low, high = float(both[1]), float(both[2])
-            else:
-                raise ValueError
-        except ValueError:
-            raise ValueError(
-                f"keep: {keep!r} is not a band; accepted: 'p>=A', 'p<=B', 'A<=p<=B' or (A, B)"
-            ) from None
-    else:
-        try:
-            low, high = (float(bound) for bound in keep)
-        except (TypeError, ValueError):
-            raise ValueError(f"keep: {keep!r} is not a band; accepted: 'p>=A' or a pair (A, B)") from None
-    if not 0.0 <= low <= high <= 1.0:
-        raise ValueError(f"keep: bounds must satisfy 0 <= low <= high <= 1, got ({low}, {high})")
-    return low, high
 
 
 def nll() -> Objective:
@@ -179,15 +153,27 @@ def neg_prob() -> Objective:
     return Objective("neg_prob", "deformed", "fixed", alpha=1.0)
 
 
-def tsallis(alpha: float | None = None, *, q: float | None = None) -> Objective:
+@overload
+def tsallis(alpha: Tensor) -> RowObjective: ...
+@overload
+def tsallis(alpha: float | None = None, *, q: float | None = None) -> Objective: ...
+def tsallis(alpha: float | Tensor | None = None, *, q: float | None = None) -> Objective | RowObjective:
     """loss = (1 - p^alpha) / alpha = -ln_q(p) with q = 1 - alpha, gate p^alpha.
 
     alpha: any finite number >= 0; 0 is `nll`, 1 is `neg_prob`. Give alpha or q, not both. What the authors'
-    trainer calls GeneralFamily-q is tsallis(alpha=q).
-    Raises: ValueError when both or neither are given, or alpha is negative.
+        trainer calls GeneralFamily-q is tsallis(alpha=q). Or a floating tensor, held constant: of the labels'
+        shape, a focus index for each token, where 0 and 1 choose between `nll` and `neg_prob` token by token;
+        or of no dimension, one that may change from call to call without another compilation and without
+        the host waiting. Like `token_weight`, the entry at t goes with the logits at t, whose label is
+        labels[..., t + n] with shift=n. Statistics show it as alpha. Where it is NaN, so is its row.
+    Raises: ValueError when both or neither are given, or alpha is negative (a tensor on a CPU, and with
+        DEFT_KERNELS_VALIDATE=1 on a device, in the call; else its rows are NaN) or requires a gradient;
+        TypeError for a tensor of integers.
     """
     if (alpha is None) == (q is None):
         raise ValueError("tsallis: give exactly one of alpha and q (q = 1 - alpha)")
+    if isinstance(alpha, Tensor):
+        return _tsallis_of_rows(alpha)
     value = number("alpha", alpha, 0.0) if alpha is not None else 1.0 - number("q", q, -math.inf, 1.0)
     return Objective("tsallis", "deformed", "fixed", alpha=value)
 
@@ -262,7 +248,7 @@ def dft(power: float = 1.0, *, detach: bool = True) -> Objective | Weighted:
     Of a power that is not 1 `weighted`. A target with p = 0 has loss 0, the limit. Source: arXiv:2508.05629.
     """
     if number("power", power, 0.0, above=True) != 1.0:
-        return dft_to_a_power(power, flag("detach", detach))
+        return _dft_to_a_power(power, flag("detach", detach))
     return Objective("dft", "weighted", "prob", alpha=1.0, detach=flag("detach", detach))
 
 

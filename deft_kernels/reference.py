@@ -72,6 +72,13 @@ def row_objective(objective: Any, stats: dict[str, Tensor], valid: Tensor) -> tu
         seen = logp.masked_fill((weight == 0) & impossible, 0.0)
         return held(weight) * -seen, torch.zeros_like(logp), weight
 
+    if objective.focus == "given alpha":
+        alpha = objective.alpha.to(logp).reshape(-1).expand_as(logp)
+        zero = alpha == 0
+        divisor = alpha.masked_fill(zero, 1.0)
+        power = torch.where(impossible, 0.0, torch.exp(alpha * finite))
+        loss = torch.where(impossible, 1 / divisor, -torch.expm1(alpha * finite) / divisor)
+        return torch.where(zero, -logp, loss), alpha, power.masked_fill(zero, 1.0)
     if objective.focus == "fixed":
         alpha = torch.full_like(logp, objective.alpha)
     elif objective.focus == "collision":
@@ -119,6 +126,8 @@ def loss(
     temperature: float = 1.0,
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
+    anchor: float = 0.0,
+    reference_logp: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss, statistics) of logits [..., V] and labels [...]; keywords as in `deft_loss`.
 
@@ -149,6 +158,9 @@ def loss(
         rows = rows + label_smoothing / vocabulary * smooth
     if z_loss > 0:
         rows = rows + z_loss * stats["lse"] ** 2
+    if reference_logp is not None:
+        ratio = (reference_logp.reshape(-1).to(rows.dtype) - stats["logp"]).masked_fill(~valid, 0.0)
+        rows = rows + anchor * (torch.expm1(ratio) - ratio)
     rows = torch.where(kept, rows, 0.0)
     if token_weight is not None:
         # Padding may hold NaN in the token weights, as in the logits.

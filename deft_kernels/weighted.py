@@ -10,48 +10,22 @@ import torch
 from torch import Tensor
 
 from .core import checks
-from .core.statistics import RowStatistics, with_stand_ins
+from .core.statistics import RowStatistics
+from .row_objectives import RowObjective, Values
 
 
-@dataclass(frozen=True, eq=False)
-class Weighted:
-    """loss = w (-logp) with w = function(statistics, **inputs) held constant; made by `objectives.weighted`.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Weighted(RowObjective):
+    """loss = w (-logp) with w = function(statistics, **inputs) held constant; see `objectives.weighted`."""
 
-    name: for display.  inputs: tensors of the labels' shape, which the function gets for the rows it sees.
-    """
-
-    name: str
     function: Callable[..., Tensor]
-    inputs: Mapping[str, Tensor]
 
-    def check_inputs(self, labels: Tensor) -> None:
-        for name, value in self.inputs.items():
-            if value.shape != labels.shape:
-                raise ValueError(
-                    f"{name}: expected the labels' shape {tuple(labels.shape)}, got {tuple(value.shape)}"
-                )
-            if value.device != labels.device:
-                raise ValueError(f"{name}: is on {value.device}, the labels are on {labels.device}")
-
-    def of(self, stats: RowStatistics, valid: Tensor, rows: slice | Tensor | None = None) -> Tensor:
-        """The weights of rows whose statistics are flat, [N], 1 where a row is not `valid`.
-
-        rows: which of all rows these are; None for all of them.
-        """
-        stats = with_stand_ins(stats, valid)
-        inputs = {name: value.detach().reshape(-1) for name, value in self.inputs.items()}
-        if rows is not None:
-            inputs = {name: value[rows] for name, value in inputs.items()}
-        # What stands at an ignored row is padding, which the function is not to meet.
-        safe = {
-            name: value.where(valid, torch.ones((), dtype=value.dtype, device=value.device))
-            for name, value in inputs.items()
-        }
-        given = [x for x in (*stats, *safe.values()) if x is not None]
+    def values(self, stats: RowStatistics, inputs: Mapping[str, Tensor]) -> Values:
+        given = [x for x in (*stats, *inputs.values()) if x is not None]
         # A trace would have to know the counters.
         traced = torch.compiler.is_compiling()
         before = [] if traced else [x._version for x in given]
-        weights = self.function(stats, **safe)
+        weights = self.function(stats, **inputs)
         if not isinstance(weights, Tensor) or weights.shape != stats.logp.shape:
             got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
             raise ValueError(
@@ -65,7 +39,10 @@ class Weighted:
             )
         if not traced and [x._version for x in given] != before:
             raise ValueError(f"objective: {self.name}'s function changes its arguments in place")
-        return weights.to(stats.logp.dtype).where(valid, 1.0)
+        weights = weights.to(stats.logp.dtype)
+        # A target of probability 0 and weight 0: the limit of p ln p.
+        loss = -weights * stats.logp.where(weights != 0, 0.0)
+        return Values(loss, weights, torch.zeros_like(loss), weights)
 
 
 def weighted(function: Callable[..., Tensor], *, name: str = "weighted", **row_inputs: Tensor) -> Weighted:
@@ -94,7 +71,7 @@ def weighted(function: Callable[..., Tensor], *, name: str = "weighted", **row_i
             raise TypeError(f"{key}: expected a Tensor of the labels' shape, got {checks.kind_of(value)}")
         if value.is_complex():
             raise TypeError(f"{key}: expected a real dtype, got {value.dtype}")
-    return Weighted(name, function, dict(row_inputs))
+    return Weighted(name=name, function=function, inputs=dict(row_inputs))
 
 
 def chord() -> Weighted:

@@ -34,10 +34,12 @@ LISTED = {
     ("predicted.py", "if other < LANES:"): TIES,
     ("predicted.py", "while (other < LANES) & (taken >= settled):"): TIES,
     ("predicted.py", "while first < body.stop:"): TIES,
-    ("state.py", "while first + 4 * TILE <= last:"): TURNS,
+    ("state.py", "while first + TURN * TILE <= last:"): TURNS,
+    ("state.py", "if first + 4 * TILE < last:"): TURNS,
     ("state.py", "if first < last:"): TURNS,
     ("state.py", "while first < last:"): TURNS,
     ("state.py", "while first < body.stop:"): TURNS,
+    ("gradient.py", "while first + 4 * TILE <= last:"): TURNS,
     ("gradient.py", "while first + 2 * TILE <= last:"): TURNS,
     ("gradient.py", "while first < last:"): TURNS,
 }  # fmt: skip

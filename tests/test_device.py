@@ -12,6 +12,7 @@ import pytest
 import torch
 from rows import gradient_excess, make
 from torch import Tensor
+from waits import refusing_waits
 
 from deft_kernels import deft_loss, fused_linear_deft_loss, row_statistics
 
@@ -49,14 +50,10 @@ def test_the_host_waits_for_nothing(mode: str) -> None:
     z, y = (t.cuda() for t in make("plain", 8, 1531, torch.bfloat16))
     keywords = keywords_of(mode, 1531)
     step(z, y, keywords)  # compiles
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with refusing_waits():
         step(z, y, keywords)
         stats = row_statistics(z.requires_grad_(), y)
         (stats.logp + stats.entropy).sum().backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def captured(run: Callable[[], tuple[Tensor, ...]]) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:

@@ -34,12 +34,17 @@ PAGES = [
 ]
 STACKS = sorted((ROOT / "docs" / "integrations").glob("*.md"))
 # The Python blocks of these pages by what a test gives them: whole tensors, or the parts of two ranks.
-ALONE = {"README.md": (0, 1, 3, 4), "docs/linear.md": (0,)}
+ALONE = {
+    "README.md": (0, 1),
+    "docs/start.md": (0, 1, 3, 4),
+    "docs/linear.md": (0,),
+    "docs/troubleshooting.md": (0, 1),
+}
 # By tests/test_recipes.py.
-RECIPES = {"docs/recipes.md": (0, 1, 2, 3, 4, 5)}
+RECIPES = {"docs/recipes.md": (0, 1, 2, 3, 4, 5, 6)}
 # By tests/test_diagnostics_docs.py; a block over a trainer by tests/integrations.
 DIAGNOSTICS = {"docs/diagnostics.md": (0, 1, 2, 3, 4, 5)}
-ON_RANKS = {"README.md": (2,), "docs/parallel.md": (0, 1, 2, 3)}
+ON_RANKS = {"docs/start.md": (2,), "docs/parallel.md": (0, 1, 2, 3)}
 # By tests/test_adding_an_objective.py: blocks of `diff`, and a command that runs where they were applied.
 FOLLOWED = "docs/objectives.md"
 # A program of its own.
@@ -107,9 +112,10 @@ def test_programs(page: str, tmp_path: Path) -> None:
         assert run.stdout.startswith("[]"), run.stdout[:500]
 
 
-def test_readme_first_example() -> None:
+@pytest.mark.parametrize("page", ["README.md", "docs/start.md"])
+def test_the_first_example(page: str) -> None:
     names = given()
-    execute("README.md", 0, names)
+    execute(page, 0, names)
     logits = names["logits"]
     assert isinstance(logits, Tensor) and logits.grad is not None
     exact = logits.detach().double().requires_grad_()
@@ -117,7 +123,7 @@ def test_readme_first_example() -> None:
     torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("page, block", [("README.md", 1), ("docs/linear.md", 0)])
+@pytest.mark.parametrize("page, block", [("README.md", 1), ("docs/start.md", 1), ("docs/linear.md", 0)])
 def test_linear_examples(page: str, block: int) -> None:
     names = given()
     loss = execute(page, block, names)["loss"]
@@ -130,9 +136,9 @@ def test_linear_examples(page: str, block: int) -> None:
         torch.testing.assert_close(mine, theirs)
 
 
-def test_readme_objective_of_ones_own() -> None:
+def test_an_objective_of_ones_own() -> None:
     names = given()
-    loss = execute("README.md", 3, names)["loss"]
+    loss = execute("docs/start.md", 3, names)["loss"]
     logits, labels = names["logits"], names["labels"]
     valid = labels != -100
     logp = logits.log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)[valid]
@@ -141,9 +147,9 @@ def test_readme_objective_of_ones_own() -> None:
     torch.testing.assert_close(gradient_of(loss, logits)[0], gradient_of(focal, logits)[0])
 
 
-def test_readme_statistics(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_to_log(capsys: pytest.CaptureFixture[str]) -> None:
     names = given()
-    scope = execute("README.md", 4, names)
+    scope = execute("docs/start.md", 4, names)
     nll, alpha, gate = (
         float(number) for number in re.findall(r"tensor\(([-0-9.e]+)\)", capsys.readouterr().out)
     )
@@ -156,6 +162,14 @@ def test_readme_statistics(capsys: pytest.CaptureFixture[str]) -> None:
     assert torch.equal(scope["valid"], labels != -100)
     _, shifted = deft_loss(logits, labels, shift=True, return_stats=True)
     assert torch.equal(shifted.max_prob != 0, nn.functional.pad(labels[:, 1:] != -100, (0, 1)))
+
+
+def test_troubleshooting(capsys: pytest.CaptureFixture[str]) -> None:
+    names = given()
+    names["logits"] = names["logits"].detach()
+    for block in ALONE["docs/troubleshooting.md"]:
+        execute("docs/troubleshooting.md", block, names)
+    assert capsys.readouterr().out.count("tensor(") == 2
 
 
 def two_ranks_of(names: dict[str, object]) -> dict[str, object]:
@@ -174,9 +188,9 @@ def two_ranks_of(names: dict[str, object]) -> dict[str, object]:
     }
 
 
-def readme_on_two_ranks() -> None:
+def start_on_two_ranks() -> None:
     names = two_ranks_of(given())
-    loss = execute("README.md", 2, {**names, **imports()})["loss"]
+    loss = execute("docs/start.md", 2, {**names, **imports()})["loss"]
     whole = deft_loss(names["hidden"] @ names["model"].lm_head.weight.T, names["labels"])
     torch.testing.assert_close(loss, whole)
 
@@ -227,7 +241,7 @@ def parallel_page_on_two_ranks() -> None:
     torch.testing.assert_close(mean / 2, whole.detach())
 
 
-CASES = [readme_on_two_ranks, parallel_page_on_two_ranks]
+CASES = [start_on_two_ranks, parallel_page_on_two_ranks]
 
 
 @pytest.fixture(scope="module")

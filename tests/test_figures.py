@@ -27,8 +27,8 @@ from deft_kernels.objectives import Objective
 QWEN = 151_936
 
 
-def test_readme_lists_the_keywords_of_deft_loss() -> None:
-    sentence = re.search(r"Keywords: (.*?); each is explained", prose("README.md"))
+def test_a_page_lists_the_keywords_of_deft_loss() -> None:
+    sentence = re.search(r"Keywords: (.*?); each is explained", prose("docs/start.md"))
     assert sentence
     named = re.findall(r"`(\w+)`", sentence[1])
     own = [p.name for p in inspect.signature(deft_loss).parameters.values() if p.kind is p.KEYWORD_ONLY]
@@ -38,7 +38,7 @@ def test_readme_lists_the_keywords_of_deft_loss() -> None:
         assert re.search(rf"\b{name}\b", documented), name
 
 
-# The README's table: its formulas as code, p and the statistics of a row given.
+# The table of docs/choosing.md: its formulas as code, p and the statistics of a row given.
 FORMULAS: dict[str, Callable[..., Tensor]] = {
     "-log p": lambda p, alpha, w: -p.log(),
     "1 - p": lambda p, alpha, w: 1 - p,
@@ -59,10 +59,12 @@ ALPHAS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def readme_rows() -> list[tuple[str, str, str]]:
-    """(objective, loss, gate) of the README's table; the same loss and a gate by its alpha written out."""
+def rows_of_the_table() -> list[tuple[str, str, str]]:
+    """(objective, loss, gate) of that table; the same loss and a gate by its alpha written out."""
     rows, last = [], ""
-    for line in re.findall(r"^\| (`\"?.*?) \| (.*?) \| (.*?) \|$", text("README.md"), flags=re.MULTILINE):
+    for line in re.findall(
+        r"^\| (`\"?.*?) \| (.*?) \| (.*?) \|$", text("docs/choosing.md"), flags=re.MULTILINE
+    ):
         name, loss, gate = (cell.replace("`", "") for cell in line)
         if name == "objective=":
             continue
@@ -71,8 +73,8 @@ def readme_rows() -> list[tuple[str, str, str]]:
     return rows
 
 
-@pytest.mark.parametrize("name, loss, gate", readme_rows(), ids=lambda cell: cell[:24])
-def test_readme_table(name: str, loss: str, gate: str) -> None:
+@pytest.mark.parametrize("name, loss, gate", rows_of_the_table(), ids=lambda cell: cell[:24])
+def test_the_table(name: str, loss: str, gate: str) -> None:
     z = torch.randn(6, 11, dtype=torch.float64) * 2
     y = torch.randint(0, 11, (6,))
     given = row_statistics(z, y)
@@ -200,7 +202,7 @@ def test_what_smoothing_errs() -> None:
         assert (deft_loss(z, y, objective="nll", **keywords) - exact).abs().max() < 2 * off
 
 
-# MiB of tensors beyond the gradient, fp32 and bf16, as README and cpu.md say.
+# MiB of tensors beyond the gradient, fp32 and bf16, as measured.md and cpu.md say.
 USUAL, PEAKS = 8.2, 26.0
 EXACT_PEAK = objectives.deft(math.inf, detach=False)
 
@@ -232,7 +234,7 @@ def test_memory_beyond_the_gradient(keywords: dict[str, object], dtype: torch.dt
 
 
 def test_memory_is_said_alike() -> None:
-    for page in ("README.md", "docs/cpu.md"):
+    for page in ("docs/measured.md", "docs/cpu.md"):
         assert re.search(r"8 MiB .*?\b26\b", prose(page)), page
 
 

@@ -53,6 +53,25 @@ def test_split_rows_reach_the_main_loop(
 
 
 @pytest.mark.filterwarnings("ignore:.*rounds the gradient to float16")
+@pytest.mark.parametrize("rest", [0, 1, 2.5, 4, 6.5])
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("name", ["deft", "eaft"])
+def test_eight_tiles_in_flight(
+    name: str, dtype: torch.dtype, inplace: bool, rest: float, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A head tile, two turns of eight, and what is left: nothing, less than four tiles, and more.
+
+    Rows of an odd length begin off a boundary; in place their beginnings and ends are peeled off.
+    """
+    deep = {"tail": True, "near": True, "deep": True}
+    monkeypatch.setattr(tuning, "fused", lambda _, size, *more: Launch(1, 16 // size, more[-1], **deep))
+    tile = 32 * 16 // dtype.itemsize
+    z, y = make("masked", 3, int((17 + rest) * tile) + 3 * inplace, dtype)
+    check(z.to(device), y.to(device), name, reduction="mean", inplace=inplace, grad_in_forward=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*rounds the gradient to float16")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("vocabulary", [256, 2 * 256 + 3, 3333])
 def test_scaled_gradient_of_several_tiles(vocabulary: int, dtype: torch.dtype, device: str) -> None:

@@ -195,8 +195,8 @@ def what_differs() -> dict[str, tuple[dict, dict]]:
     return {
         "objective": ({"objective": "deft"}, {"objective": "eaft"}),
         "objective ": ({}, {"objective": objectives.deft().within("p>=0.1")}),
-        "softcap, temperature, z_loss or label_smoothing": ({"temperature": 1.5}, {}),
-        "softcap, temperature, z_loss or label_smoothing ": ({"label_smoothing": 0.1}, {}),
+        "softcap, temperature, z_loss, label_smoothing or anchor": ({"temperature": 1.5}, {}),
+        "softcap, temperature, z_loss, label_smoothing or anchor ": ({"label_smoothing": 0.1}, {}),
         "ignore_index": ({"ignore_index": -1}, {}),
         "weight (class weights)": ({"weight": weight}, {"weight": weight * 2}),
         "weight (class weights) ": ({"weight": weight}, {}),

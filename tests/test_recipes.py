@@ -76,8 +76,8 @@ RECIPES: dict[str, tuple[int, Callable[..., Tensor]]] = {
     "clipped_policy_loss": (0, clipped),
     "proximal_sft_loss": (1, proximal),
     "anchored_loss": (2, anchored),
-    "profit_loss": (3, above_a_threshold),
-    "selective_loss": (4, of_most_excess),
+    "profit_loss": (4, above_a_threshold),
+    "selective_loss": (5, of_most_excess),
 }
 
 
@@ -105,7 +105,7 @@ def test_value_and_gradients(name, dtype):
 def test_the_example_of_a_weight():
     """With a number for each token, aligned as token_weight is."""
     names: dict[str, object] = {"torch": torch}
-    for block in range(6):
+    for block in range(7):
         names = execute("docs/recipes.md", block, names)
     hidden, weight, labels, _, _ = given(torch.float64)
     trust = torch.rand(B, T, dtype=torch.float64)
@@ -122,3 +122,18 @@ def test_the_table_names_what_there_is():
     for call, name, argument in rows:
         made = eval(call, {"objectives": objectives, argument: 0.75})
         assert isinstance(made, objectives.Weighted) and made.name == name
+
+
+def test_domains_with_gates_of_their_own() -> None:
+    """Each token by the formula with its domain's alpha, 0 among them."""
+    names: dict[str, object] = {"torch": torch}
+    for block in range(4):
+        names = execute("docs/recipes.md", block, names)
+    hidden, weight, labels, _, _ = given(torch.float64)
+    domain = torch.arange(B * T).reshape(B, T) % 3
+    table = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
+    loss = names["mixed_loss"](hidden @ weight.T, labels, domain, table)  # type: ignore[operator]
+    logp, _, valid = statistics(hidden, weight, labels)
+    p = logp.exp()
+    rows = torch.stack([-logp, (1 - p.sqrt()) / 0.5, 1 - p])
+    torch.testing.assert_close(loss, rows.gather(0, domain.unsqueeze(0))[0][valid].mean())

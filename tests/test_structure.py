@@ -10,9 +10,10 @@ PACKAGE = Path(__file__).parent.parent / "deft_kernels"
 PARAMETERS, LINES = 12, 320
 # Who takes more, and why.
 LONGER = {
+    "reference.py: loss": "the keywords of the public call",
     "integrations/liger.py: __call__": "the signature of Liger's own function, which it stands in for",
-    "operators/weighted.py: linear_weighted_row_loss": "an operator takes tensors and settings one by one",
-    "operators/weighted.py: _": "the shapes of that operator",
+    "operators/terms.py: linear_row_loss_of_terms": "an operator takes tensors and settings one by one",
+    "operators/terms.py: _": "the shapes of that operator",
     "backends/triton/kernels.py: statistics_kernel": "tensors and sizes of a launch, and four records",
     "backends/triton/kernels.py: finish_kernel": "tensors and sizes of a launch, and four records",
     "backends/triton/kernels.py: fused_kernel": "tensors and sizes of a launch, and five records",

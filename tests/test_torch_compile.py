@@ -198,7 +198,7 @@ def test_every_operator_is_checked():
 def test_settings_survive_the_schema(objective):
     from deft_kernels.core.spec import decode
 
-    spec = Spec(objective.within("0.1<=p<=0.7"), 3.0, 0.7, 0.01, 0.1, True, True, "triton")
+    spec = Spec(objective.within("0.1<=p<=0.7"), 3.0, 0.7, 0.01, 0.1, 0.2, True, True, "triton")
     assert decode(*spec.encode()) == replace(spec, objective=replace(spec.objective, name=objective.family))
 
 

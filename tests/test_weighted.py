@@ -12,40 +12,14 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
+from formulas import LINEAR, SETTINGS, N, V, head, keywords_of, problem, step
 from torch import Tensor
 
 from deft_kernels import VocabShard, deft_loss, fused_linear_deft_loss, objectives
 from deft_kernels.core.spec import Spec
 from deft_kernels.objectives import Weighted, nll
 from deft_kernels.operators import logits as logits_operators
-from deft_kernels.operators import weighted as weighted_operators
-
-N, D, V = 9, 6, 311
-SETTINGS = {
-    "plain": {},
-    "sum": {"reduction": "sum"},
-    "none": {"reduction": "none"},
-    "smoothed": {"label_smoothing": 0.1, "z_loss": 1e-3},
-    "class weights": {"weight": True, "label_smoothing": 0.2},
-    "token weights": {"token_weight": True, "num_items": 5.0},
-    "transformed": {"logit_scale": 0.8, "softcap": 9.0, "temperature": 1.4},
-    "shifted": {"shift": True},
-    "in place": {"inplace": True},
-    "in forward": {"grad_in_forward": True},
-    "both": {"inplace": True, "grad_in_forward": True},
-}
-
-
-def problem(device: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    """(logits, labels, row input); the row input of an ignored row is NaN."""
-    generator = torch.Generator().manual_seed(0)
-    logits = (torch.randn(N, V, generator=generator) * 3).to(dtype)
-    labels = torch.randint(0, V, (N,), generator=generator)
-    logits[0, labels[0]] += 25  # confident
-    labels[4] = -100
-    own = torch.rand(N, generator=generator)
-    own[4] = torch.nan
-    return logits.to(device), labels.to(device), own.to(device)
+from deft_kernels.operators import terms as terms_operators
 
 
 def mixed(own: Tensor) -> Weighted:
@@ -53,22 +27,6 @@ def mixed(own: Tensor) -> Weighted:
         lambda r, own: own.to(r.logp) * (1 + r.entropy) * r.max_prob.sqrt() + r.collision * r.logp.exp(),
         own=own,
     )
-
-
-def keywords_of(name: str, device: str) -> dict:
-    keywords = dict(SETTINGS[name])
-    if "weight" in keywords:
-        keywords["weight"] = torch.linspace(0.2, 2.0, V, device=device)
-    if "token_weight" in keywords:
-        keywords["token_weight"] = torch.linspace(0.5, 1.5, N, device=device)
-    return keywords
-
-
-def step(call, leaf: Tensor) -> tuple[Tensor, Tensor]:
-    loss = call(leaf)
-    upstream = torch.linspace(0.5, 2.0, loss.numel(), dtype=torch.float64).to(loss).reshape(loss.shape)
-    (loss * upstream).sum().backward()
-    return loss.detach(), leaf.grad
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -175,21 +133,6 @@ def test_dft_by_weights_is_dft(backend, device):
     torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-8)
 
 
-LINEAR = {
-    "plain": {},
-    "chunks": {"chunk_bytes": 2 * V * 4},
-    "none": {"reduction": "none"},
-    "smoothed": {"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 9.0},
-    "class weights": {"class_weight": torch.linspace(0.2, 2.0, V)},
-    "shifted": {"shift": True, "chunk_bytes": 3 * V * 4},
-}
-
-
-def head(device: str) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    return [torch.randn(*shape, generator=generator).to(device) for shape in ((N, D), (V, D), (V,))]
-
-
 @pytest.mark.parametrize("name", LINEAR)
 def test_from_hidden_states(name, backend, device):
     _, labels, own = problem(device)
@@ -219,9 +162,9 @@ def test_three_products():
 
     def products(objective) -> int:
         inputs = [t.requires_grad_() for t in head("cpu")[:2]]
-        with torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True
-        ) as seen:
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        # Without `acc_events` torch 2.11 warns that it would clear events.
+        with torch.profiler.profile(activities=activities, record_shapes=True, acc_events=True) as seen:
             fused_linear_deft_loss(*inputs, labels, objective=objective).backward()
         sizes = [e.input_shapes for e in seen.events() if e.name in ("aten::mm", "aten::addmm")]
         return sum(V in {n for shape in shapes for n in shape} for shapes in sizes)
@@ -252,25 +195,25 @@ def test_compiled_in_one_graph():
         torch.testing.assert_close(traced.grad, eager.grad)
 
 
-@pytest.mark.parametrize("name", ["weighted_row_loss", "linear_weighted_row_loss"])
+@pytest.mark.parametrize("name", ["row_loss_of_terms", "linear_row_loss_of_terms"])
 def test_opcheck(name):
     logits, labels, _ = problem("cpu")
     code, numbers = Spec(nll(), statistics=True).encode()
     loss, rows = logits_operators.row_loss(logits, labels, None, -100, code, numbers)
-    weights = torch.rand(N)
-    if name == "weighted_row_loss":
-        args = (logits.requires_grad_(), labels, None, rows, loss, weights, code, numbers)
+    own = torch.rand(4, N)
+    if name == "row_loss_of_terms":
+        args = (logits.requires_grad_(), labels, None, rows, loss, own, code, numbers)
     else:
         inputs = [t.requires_grad_() for t in head("cpu")]
         wanted = [True, True, True]
-        args = (*inputs, labels, None, rows, loss, weights, wanted, torch.float32, 2**20, code, numbers)
-    result = torch.library.opcheck(getattr(weighted_operators, name), args)
+        args = (*inputs, labels, None, rows, loss, own, wanted, torch.float32, 2**20, code, numbers)
+    result = torch.library.opcheck(getattr(terms_operators, name), args)
     assert set(result.values()) == {"SUCCESS"}
 
 
 def test_every_operator_is_checked():
     kind = torch._library.custom_ops.CustomOpDef
-    found = {name for name, value in vars(weighted_operators).items() if isinstance(value, kind)}
+    found = {name for name, value in vars(terms_operators).items() if isinstance(value, kind)}
     marks = {mark.args[0]: mark.args[1] for mark in test_opcheck.pytestmark}
     assert found == set(marks["name"])
 

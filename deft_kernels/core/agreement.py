@@ -11,7 +11,6 @@ the settings are the same. A device compares it without the host waiting; where 
 
 from __future__ import annotations
 
-import os
 import zlib
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import validating as validating
 from .groups import Shard, all_gather, group_of, remember
 from .spec import Spec
 
@@ -28,10 +28,6 @@ START, WIDTH, SIZE, ASKED, CHECKSUM = range(5)  # ASKED: 1 where the place was a
 
 class ColumnsMoved(ValueError):
     """The ranks hold other columns than when they last asked each other; all know the new ones now."""
-
-
-def validating() -> bool:
-    return os.environ.get("DEFT_KERNELS_VALIDATE", "0") == "1"
 
 
 def fingerprint(value: Any) -> int:

@@ -16,6 +16,11 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 REDUCTIONS = ("mean", "sum", "none")
 
 
+def validating() -> bool:
+    """Whether checks are wanted for which the host has to wait."""
+    return os.environ.get("DEFT_KERNELS_VALIDATE", "0") == "1"
+
+
 def check_floats(tensor: Any, name: str) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
@@ -122,7 +127,7 @@ def all_count(labels: Tensor, vocabulary: int, ignore_index: int) -> bool:
 
 def check_label_range(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
     """IndexError for a label outside [0, V), where the host can see it without waiting for a device."""
-    if labels.device.type != "cpu" and os.environ.get("DEFT_KERNELS_VALIDATE", "0") != "1":
+    if labels.device.type != "cpu" and not validating():
         return
     if labels.device.type == "cpu" and all_count(labels, vocabulary, ignore_index):
         return
@@ -227,6 +232,23 @@ def check_token_weight(token_weight: Any, labels: Tensor, logits: Tensor | Outli
             f"token_weight: expected the labels' shape {tuple(labels.shape)}, got {tuple(token_weight.shape)}"
         )
     _same_device("token_weight", token_weight, logits)
+
+
+def check_anchor(anchor: float, reference_logp: Any) -> None:
+    """What can be said without the labels."""
+    if reference_logp is None:
+        if anchor > 0:
+            raise ValueError("anchor: needs reference_logp, the reference model's log p of each target")
+        return
+    if not isinstance(reference_logp, Tensor):
+        raise TypeError(f"reference_logp: expected a Tensor, got {kind_of(reference_logp)}")
+    if not reference_logp.is_floating_point():
+        raise TypeError(f"reference_logp: expected a floating dtype, got {reference_logp.dtype}")
+    check_dense(reference_logp, "reference_logp")
+    if reference_logp.requires_grad:
+        raise ValueError("reference_logp: requires a gradient, but is held constant; detach it")
+    if anchor == 0:
+        raise ValueError("reference_logp: needs anchor, the factor of the distance from it, above 0")
 
 
 def check_class_weight(weight: Any, logits: Tensor | Outline, vocabulary: int, name: str = "weight") -> None:

@@ -10,21 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from ..objectives import TABLE, Objective, resolve
-from ..weighted import Weighted
+from ..row_objectives import RowObjective
 from . import checks
 from .agreement import validating
 from .groups import Shard, VocabShard, group_name, remember, resolved, vocabulary_of
 from .statistics import RowLoss
 
 
-def described(objective: Any) -> Objective | Weighted | RowLoss:
-    """What a call's `objective` stands for: a description, weights, or a function of RowStatistics.
+def described(objective: Any) -> Objective | RowObjective | RowLoss:
+    """What a call's `objective` stands for: a description, a formula of rows, or a function of RowStatistics.
 
     Raises: as `objectives.resolve`; TypeError for what can be called, but not with RowStatistics.
     """
     if isinstance(objective, (str, Objective)):
         return resolve(objective)
-    if isinstance(objective, Weighted):
+    if isinstance(objective, RowObjective):
         return objective
     if not callable(objective):
         kind = checks.kind_of(objective)

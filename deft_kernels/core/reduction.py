@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..row_objectives import Terms
 from .spec import Spec
 from .statistics import RowLoss, RowStatistics, with_stand_ins
 
@@ -115,8 +116,11 @@ def own_rows(
     labels: Tensor,
     valid: Tensor,
     z_loss: float,
+    terms: Terms | None = None,
 ) -> Tensor:
-    """Losses [N] of a function of the statistics, 0 where a row is not valid; labels and valid are flat."""
+    """Losses [N] of a function of the statistics, 0 where a row is not valid; labels and valid are flat.
+
+    terms: an anchor that is added, if there is one."""
     stats = with_stand_ins(stats, valid.reshape(stats.logp.shape))
     rows = objective(stats)
     if not isinstance(rows, Tensor) or rows.shape != stats.logp.shape:
@@ -125,4 +129,7 @@ def own_rows(
     if weight is not None:
         rows = rows * class_weights(weight, labels, rows.dtype).reshape(rows.shape)
     rows = rows + z_loss * stats.lse**2 if z_loss > 0 else rows
-    return torch.where(valid, rows.reshape(-1), 0.0)
+    rows = rows.reshape(-1)
+    if terms is not None and terms.anchor is not None:
+        rows = rows + terms.anchor.of(stats.logp.reshape(-1), valid)[0]
+    return torch.where(valid, rows, 0.0)

@@ -8,12 +8,13 @@ that the public calls pass on.
 # No `from __future__ import annotations`: the defaults are read from the annotations.
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypedDict
 
 from torch import Tensor
 
-from ..objectives import Objective, of_statistics
-from ..weighted import Weighted
+from ..objectives import Objective, nll, of_statistics
+from ..row_objectives import Anchor, RowObjective, Terms
 from . import checks
 from .groups import Shard, VocabShard
 from .inputs import described
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 class OfObjective(TypedDict, total=False):
     """What is trained. Each annotation is the keyword's type and its default."""
 
-    objective: Annotated[str | Objective | Weighted | RowLoss, "deft"]
+    objective: Annotated[str | Objective | RowObjective | RowLoss, "deft"]
     reduction: Annotated[Reduction, "mean"]
 
 
@@ -38,6 +39,7 @@ class OfBatch(TypedDict, total=False):
 
     token_weight: Annotated[Tensor | None, None]
     num_items: Annotated[Tensor | float | None, None]
+    reference_logp: Annotated[Tensor | None, None]
 
 
 class OfCaller(TypedDict, total=False):
@@ -69,7 +71,11 @@ class OfSmoothing(TypedDict, total=False):
     label_smoothing: Annotated[float, 0.0]
 
 
-class OfLoss(OfObjective, OfRows, OfZLoss, OfSmoothing, total=False):
+class OfAnchor(TypedDict, total=False):
+    anchor: Annotated[float, 0.0]
+
+
+class OfLoss(OfObjective, OfRows, OfZLoss, OfSmoothing, OfAnchor, total=False):
     """What is trained, and of which rows."""
 
 
@@ -125,24 +131,26 @@ DEFAULTS = {
 class Request(NamedTuple):
     """What a call asks for, its keywords checked as far as they can be without its tensors.
 
-    objective: a description, weights, or a function of RowStatistics.  class_weight: `weight` in calls over
-    logits.
+    objective: a description, a formula of rows, or a function of RowStatistics.
+    class_weight: `weight` in calls over logits.
     shift: positions between a logit and its label, 0 where they are aligned already.
     softcap, temperature: z = softcap tanh(logits / softcap) / temperature, `logit_scale` folded in; a softcap
     of 0 is none.
     """
 
-    objective: Objective | Weighted | RowLoss
+    objective: Objective | RowObjective | RowLoss
     reduction: Reduction
     ignore_index: int
     token_weight: Tensor | None
     class_weight: Tensor | None
     num_items: Tensor | float | None
+    reference_logp: Tensor | None
     shift: int
     softcap: float
     temperature: float
     z_loss: float
     label_smoothing: float
+    anchor: float
     inplace: bool
     grad_in_forward: bool | None
     chunk_bytes: int | None
@@ -150,14 +158,27 @@ class Request(NamedTuple):
     group: Any
     backend: str
 
-    def spec(self, objective: Objective, backend: str, shard: Shard | None, *, statistics: bool) -> Spec:
-        """What the operators have to know of it. backend: the one chosen; statistics: of every kind."""
+    def terms(self) -> Terms | None:
+        """What formulas of the rows train, None for nothing; a function of RowStatistics has none."""
+        objective = self.objective if isinstance(self.objective, RowObjective) else None
+        anchor = None if self.reference_logp is None else Anchor(self.anchor, self.reference_logp)
+        return None if objective is None and anchor is None else Terms(objective, anchor)
+
+    def spec(self, backend: str, shard: Shard | None) -> Spec:
+        """What the operators have to know of it, the objective being no function. backend: the one chosen."""
+        objective, statistics = self.objective, self.return_stats
+        if isinstance(objective, RowObjective):
+            statistics = statistics or objective.needs_statistics
+            # Of its statistics and of the rows that count: what it trains is put in their place.
+            objective = replace(nll(), low=objective.low, high=objective.high)
+        assert isinstance(objective, Objective)
         return Spec(
             objective,
             self.softcap,
             self.temperature,
             self.z_loss,
             self.label_smoothing,
+            self.anchor,
             statistics,
             self.inplace,
             backend,
@@ -191,6 +212,8 @@ class Request(NamedTuple):
             "temperature": self.temperature,
             "z_loss": self.z_loss,
             "label_smoothing": self.label_smoothing,
+            "anchor": self.anchor,
+            "reference_logp": self.reference_logp,
         }
 
 
@@ -203,7 +226,8 @@ def checked(keywords: Mapping[str, Any], return_stats: bool = False) -> Request:
     reduction = given["reduction"]
     checks.check_reduction(reduction)
     scale = checks.number("logit_scale", given["logit_scale"], 0.0, above=True)
-    cap = given["softcap"]
+    cap, anchor = given["softcap"], checks.number("anchor", given["anchor"], 0.0)
+    checks.check_anchor(anchor, given["reference_logp"])
     in_forward, chunk_bytes = given["grad_in_forward"], given["chunk_bytes"]
     return Request(
         described(given["objective"]),
@@ -212,12 +236,14 @@ def checked(keywords: Mapping[str, Any], return_stats: bool = False) -> Request:
         given["token_weight"],
         given["weight"] if given["class_weight"] is None else given["class_weight"],
         checks.number_of_items(given["num_items"], reduction),
+        given["reference_logp"],
         checks.positions("shift", given["shift"]),
         # Both divided by the scale, so that no kernel multiplies by it.
         0.0 if cap is None else checks.number("softcap", cap, 0.0, above=True) / scale,
         checks.number("temperature", given["temperature"], 0.0, above=True) / scale,
         checks.number("z_loss", given["z_loss"], 0.0),
         checks.number("label_smoothing", given["label_smoothing"], 0.0, 1.0),
+        anchor,
         checks.flag("inplace", given["inplace"]),
         None if in_forward is None else checks.flag("grad_in_forward", in_forward),
         None if chunk_bytes is None else checks.bytes_of("chunk_bytes", chunk_bytes),

@@ -19,7 +19,8 @@ from .statistics import Field
 class Spec:
     """Settings of one loss, shared by the forward and the backward operators.
 
-    softcap: 0 for none.  statistics: also reduce what the loss itself does not need (entropy, max p).
+    softcap: 0 for none.  anchor: no backend reads it; it is here for the ranks to compare.
+    statistics: also reduce what the loss itself does not need (entropy, max p).
     backend: "triton" or "torch", already resolved.  inplace: the backward overwrites the logits.
     shard: which columns the logits are, where a vocabulary is split between ranks; None for all.
     """
@@ -29,6 +30,7 @@ class Spec:
     temperature: float = 1.0
     z_loss: float = 0.0
     label_smoothing: float = 0.0
+    anchor: float = 0.0
     statistics: bool = False
     inplace: bool = False
     backend: str = "torch"

@@ -14,7 +14,7 @@ from ..core.reduction import class_weights
 from ..core.settings import OfChunks, OfUser
 from ..core.statistics import RowLoss
 from ..linear import fused_linear_deft_loss
-from ..objectives import Objective, Weighted
+from ..objectives import Objective, RowObjective
 from ._shared import head as heads
 from ._shared.running import RunningStatistics
 from ._shared.settings import checked, described, recorder
@@ -32,7 +32,7 @@ class Keywords(OfUser, OfChunks, total=False):
 
 @showing(Keywords)
 def install(
-    objective: str | Objective | Weighted | RowLoss = "deft",
+    objective: str | Objective | RowObjective | RowLoss = "deft",
     *,
     model: Any = None,
     statistics: RunningStatistics | None = None,

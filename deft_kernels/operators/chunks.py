@@ -191,7 +191,7 @@ def loss_with_gradient(
     return results.loss, results.rows, gradients.finish()
 
 
-def reweighted_loss_with_gradient(
+def loss_of_terms_with_gradient(
     backend: Backend,
     head: Head,
     labels: Tensor,
@@ -202,8 +202,9 @@ def reweighted_loss_with_gradient(
     wanted: list[bool],
     of_rows: Callable[..., tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor, Gradients]:
-    """`loss_with_gradient` of rows that `of_rows(rows, loss, labels, which)` makes of those of -logp."""
+    """`loss_with_gradient` of rows that `of_rows(rows, loss, labels, which)` makes of the objective's."""
     chunks, results = Chunks(head, labels != ignore_index), Results(head)
+    spec = _with_batch_mean(backend, chunks, labels, ignore_index, spec)
     gradients = _Accumulators(chunks, wanted)
     for chunk in chunks:
         own = labels[chunk.rows]

@@ -25,7 +25,7 @@ def small(backend: str, rows: int, vocabulary: int, seed: int) -> Iterator[None]
             def plan(_: int, itemsize: int, *rest: int) -> tuning.Launch:
                 # A warp of fewer threads is the interpreter's alone; the kernels want sixteen at least.
                 warp = 16 + 16 * (seed // 2 % 2) if interpreted() else rest[-1]
-                flags = {"tail": seed % 3 > 0, "near": seed % 5 > 2}
+                flags = {"tail": seed % 3 > 0, "near": seed % 5 > 2, "deep": seed % 7 > 3}
                 return tuning.Launch(1 + seed % 2, 16 // itemsize, warp, **flags)
 
             for name in ("statistics", "gradient", "fused"):

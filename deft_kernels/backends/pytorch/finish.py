@@ -98,37 +98,41 @@ def gradient_fields(
     return pack(fields)
 
 
-def reweighted(
-    spec: Spec,
-    rows: Tensor,
-    loss: Tensor,
-    weights: Tensor,
-    target_weight: Tensor | None,
+def with_terms(
+    spec: Spec, rows: Tensor, loss: Tensor, own: Tensor, target_weight: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """(loss, rows) of w (-logp), from those of -logp: `weights` w [N] are held constant.
+    """(loss, rows) of formulas of the rows, from those of the Spec's objective.
 
-    target_weight: w_y of each row's class, with class weights. What smoothing and z-loss add is not weighted.
+    own: [K, N]. Four of a loss that takes the place of -logp, the objective: loss, slope, alpha and gate; two
+    of an anchor, which is added: loss and slope; or these six. A slope is -d loss / d logp.
+    target_weight: w_y of each row's class, with class weights. They and the smoothing weigh the objective
+    alone, as in `finish`, not smoothing, z-loss and anchor.
     """
     fields = unpack(rows)
     logp, temperature = fields[Field.LOGP], spec.temperature
-    share = torch.full_like(logp, 1.0 - spec.label_smoothing)
-    if target_weight is not None:
-        share = share * target_weight.to(share.dtype)
-    g = share * weights
     scaled_sum, expm1 = fields[Field.SUM] * temperature, torch.expm1(logp) / temperature
-    # A target of probability 0 and weight 0: the limit of p ln p.
-    found = -g * logp.where(g != 0, 0.0)
-    a, target = g / scaled_sum, g * expm1
-    if spec.label_smoothing > 0 or spec.z_loss > 0:
-        found = found + (loss + share * logp)
-        a = a + (fields[Field.A] - share / scaled_sum)
-        target = target + (fields[Field.TARGET] - share * expm1)
+    kept, counted = fields[Field.KEPT] != 0, fields[Field.SUM] != 0
+    a, target, found = fields[Field.A], fields[Field.TARGET], loss
+    if own.shape[0] != 2:
+        value, slope, fields[Field.ALPHA], fields[Field.GATE] = own[:4]
+        share = torch.full_like(logp, 1.0 - spec.label_smoothing)
+        if target_weight is not None:
+            share = share * target_weight.to(share.dtype)
+        g = share * slope
+        found = share * value
+        if spec.label_smoothing > 0 or spec.z_loss > 0:
+            found = found + (loss + share * logp)
+            a, target = a + (g - share) / scaled_sum, target + (g - share) * expm1
+        else:
+            a, target = g / scaled_sum, g * expm1
+        fields[Field.GATE] = fields[Field.GATE].where(kept, 0.0)
+    if own.shape[0] != 4:
+        value, slope = own[-2:]
+        found = found + value
+        a, target = a + slope / scaled_sum, target + slope * expm1
     # Of a label out of range the loss is NaN, and so is its row's gradient.
-    unknown = logp.isnan()
-    fields[Field.A], fields[Field.TARGET] = a.masked_fill(unknown, math.nan), target
-    fields[Field.ALPHA], fields[Field.GATE] = torch.zeros_like(logp), weights
-    kept = fields[Field.KEPT] != 0
-    return _settle(fields, found, kept, kept), pack(fields)
+    fields[Field.A], fields[Field.TARGET] = a.masked_fill(logp.isnan(), math.nan), target
+    return _settle(fields, found, counted, kept), pack(fields)
 
 
 def _shown(d_logp: Tensor, logp: Tensor) -> Tensor:

@@ -178,7 +178,7 @@ def row_loss_with_gradient(
     scalars = (call.vocabulary, ignore_index, call.variants.numbers)
     static = (call.variants.rows, plan_of(plan, peeled))
     kernel_for(fused_kernel, call.vocabulary)[(call.count,)](
-        *tensors, *rows_at, *scalars, *static, num_warps=plan.num_warps, **call.variants.compiler
+        *tensors, *rows_at, *scalars, *static, num_warps=plan.num_warps, **call.variants.compiler_of(plan)
     )
     return loss, rows
 
@@ -188,7 +188,7 @@ def mean_scale(labels: Tensor, ignore_index: int) -> Tensor:
     """d loss / d row of a mean, [N] with stride 0: 1 over the number of rows that count."""
     scale = torch.empty(1, dtype=torch.float32, device=labels.device)
     args = (labels, scale, labels.numel(), ignore_index)
-    mean_scale_kernel[(1,)](*args, num_warps=8, **options(mode(), False))
+    mean_scale_kernel[(1,)](*args, num_warps=8, **options(mode()))
     return scale.expand(labels.numel())
 
 
@@ -198,7 +198,7 @@ def mean(loss: Tensor, rows: Tensor, labels: Tensor, ignore_index: int) -> tuple
     scale = torch.empty(1, dtype=torch.float32, device=labels.device)
     total = torch.empty((), dtype=torch.float32, device=labels.device)
     args = (labels, loss, rows[Field.KEPT], scale, total, labels.numel(), ignore_index)
-    mean_kernel[(1,)](*args, num_warps=8, **options(mode(), False))
+    mean_kernel[(1,)](*args, num_warps=8, **options(mode()))
     return total, scale.expand(labels.numel())
 
 
@@ -207,7 +207,7 @@ def weighted_total(loss: Tensor, row_scale: Tensor, rows: Tensor) -> Tensor:
     """As `operators.weighted_total`."""
     total = torch.empty((), dtype=torch.float32, device=loss.device)
     args = (loss, rows[Field.KEPT], row_scale, total, loss.numel(), row_scale.stride(0))
-    weighted_total_kernel[(1,)](*args, num_warps=8, **options(mode(), False))
+    weighted_total_kernel[(1,)](*args, num_warps=8, **options(mode()))
     return total
 
 

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from .arithmetic import cap_slope, exp2, fma, narrowed, softcapped, widened
 from .edges import edge_column, whole_loads
+from .lanes import load_four
 from .records import Gradient
 
 
@@ -57,12 +58,24 @@ def write_masked(row, to, columns, stop, g, numbers, OPTIONS, EVICT: tl.constexp
 
 
 @triton.jit
+def write_two(raw0, raw1, row, to, columns, g, numbers, OPTIONS, PLAN):
+    """Gradient of two tiles, the second TILE columns after the first."""
+    TILE: tl.constexpr = PLAN.lanes * PLAN.width
+    EVICT: tl.constexpr = "evict_first" if PLAN.near else ""
+    d0 = tile_gradient(raw0, columns, columns >= 0, row, g, numbers, OPTIONS)
+    d1 = tile_gradient(raw1, TILE + columns, columns >= 0, row, g, numbers, OPTIONS)
+    tl.store(to + columns, narrowed(d0, to, OPTIONS.mode), eviction_policy=EVICT)
+    tl.store(to + TILE + columns, narrowed(d1, to, OPTIONS.mode), eviction_policy=EVICT)
+
+
+@triton.jit
 def write_gradient(row, to, label, g, numbers, OPTIONS, PLAN):
     """Gradient of a row's columns; `row.ptr` and `to` may be the same. label: the target's column.
 
     The target's element is written last, over what the loop wrote, instead of being compared everywhere.
 
     near: this is the last use of the logits, and the gradient is not needed soon: the L2 cache may drop both.
+    deep: four tiles are loaded before the first is written, instead of two.
     """
     WIDTH: tl.constexpr = PLAN.width
     TILE: tl.constexpr = PLAN.lanes * WIDTH
@@ -73,14 +86,18 @@ def write_gradient(row, to, label, g, numbers, OPTIONS, PLAN):
     if PLAN.peel:
         edges = edge_column(lane, row, first, last, PLAN)
         write_masked(row, to, edges, row.stop, g, numbers, OPTIONS, EVICT)
+    if PLAN.deep:
+        while first + 4 * TILE <= last:
+            columns = first + tile
+            raw0, raw1, raw2, raw3 = load_four(row.ptr + first, tile, TILE, EVICT)
+            write_two(raw0, raw1, row, to, columns, g, numbers, OPTIONS, PLAN)
+            write_two(raw2, raw3, row, to, 2 * TILE + columns, g, numbers, OPTIONS, PLAN)
+            first += 4 * TILE
     while first + 2 * TILE <= last:
         columns = first + tile
         raw0 = tl.load(row.ptr + columns, eviction_policy=EVICT)
         raw1 = tl.load(row.ptr + TILE + columns, eviction_policy=EVICT)
-        d0 = tile_gradient(raw0, columns, columns >= 0, row, g, numbers, OPTIONS)
-        d1 = tile_gradient(raw1, TILE + columns, columns >= 0, row, g, numbers, OPTIONS)
-        tl.store(to + columns, narrowed(d0, to, OPTIONS.mode), eviction_policy=EVICT)
-        tl.store(to + TILE + columns, narrowed(d1, to, OPTIONS.mode), eviction_policy=EVICT)
+        write_two(raw0, raw1, row, to, columns, g, numbers, OPTIONS, PLAN)
         first += 2 * TILE
     while first < last:
         write_masked(row, to, first + tile, last, g, numbers, OPTIONS, EVICT)

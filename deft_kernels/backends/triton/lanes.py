@@ -101,9 +101,28 @@ def absorb_four(state, z0, z1, z2, z3, numbers, OPTIONS):
 
 
 @triton.jit
+def load_four(ptr, tile, TILE: tl.constexpr, EVICT: tl.constexpr):
+    """Four tiles in the logits' own dtype, the first of them at `ptr`."""
+    z0 = tl.load(ptr + tile, eviction_policy=EVICT)
+    z1 = tl.load(ptr + TILE + tile, eviction_policy=EVICT)
+    z2 = tl.load(ptr + 2 * TILE + tile, eviction_policy=EVICT)
+    z3 = tl.load(ptr + 3 * TILE + tile, eviction_policy=EVICT)
+    return z0, z1, z2, z3
+
+
+@triton.jit
 def load_tail(row, columns, last, EVICT: tl.constexpr):
     """A tile in the logits' own dtype; columns from `last` on are -inf."""
     return tl.load(row.ptr + columns, mask=columns < last, other=float("-inf"), eviction_policy=EVICT)
+
+
+@triton.jit
+def load_four_of_tail(row, columns, last, TILE: tl.constexpr, EVICT: tl.constexpr):
+    z0 = load_tail(row, columns, last, EVICT)
+    z1 = load_tail(row, TILE + columns, last, EVICT)
+    z2 = load_tail(row, 2 * TILE + columns, last, EVICT)
+    z3 = load_tail(row, 3 * TILE + columns, last, EVICT)
+    return z0, z1, z2, z3
 
 
 @triton.jit

@@ -27,26 +27,26 @@ def mode() -> str:
 
 
 @cache
-def options(mode: str, wide: bool) -> dict[str, Any]:
+def options(mode: str, registers: int = 0) -> dict[str, Any]:
     """Compiler options. Contraction of products and sums is set explicitly: Triton 3.10 changes its default.
 
-    wide: let ptxas take 128 registers, see the function.
+    registers: of a thread, at most; 0: as many as ptxas takes.
     """
     chosen: dict[str, Any] = {"enable_fp_fusion": True}
-    if wide and mode == "ptx":
-        chosen["maxnreg"] = 128
+    if registers and mode == "ptx":
+        chosen["maxnreg"] = registers
     return chosen
 
 
-def wide(spec: Spec, *, reduces: bool = False) -> bool:
-    """Whether a kernel has to be offered more registers than ptxas takes by itself.
+def registers(spec: Spec, *, reduces: bool = False) -> int:
+    """What a kernel has to be offered beyond what ptxas takes by itself, 0 for nothing.
 
     It squeezes the longer loops of soft-capped or smoothed logits into 40 to 48, with 8 to 32 bytes spilled
     (sm_80, sm_90). With the search for the predicted class behind the loop of `statistics_kernel` (`reduces`)
     it makes 5 to 8 of a turn's 32 exponentials twice rather than hold them, 4 % more instructions (sm_90,
     sm_100). With 128 it does neither. Ahead of time, Triton 3.9: benchmarks/sass_report.py --options stats.
     """
-    return spec.softcap > 0 or spec.label_smoothing > 0 or (reduces and spec.statistics)
+    return 128 if spec.softcap > 0 or spec.label_smoothing > 0 or (reduces and spec.statistics) else 0
 
 
 def lean(spec: Spec) -> bool:
@@ -154,8 +154,13 @@ class Variants:
             smoothing=spec.label_smoothing,
             spread=spec.label_smoothing / vocabulary / spec.temperature,
         )
-        self.compiler = options(mode, wide(spec))
-        self.compiler_of_reductions = options(mode, wide(spec, reduces=True))
+        self.mode, self.registers = mode, registers(spec)
+        self.compiler = options(mode, self.registers)
+        self.compiler_of_reductions = options(mode, registers(spec, reduces=True))
+
+    def compiler_of(self, launch: Launch) -> dict[str, Any]:
+        """Of the fused kernel, whose entry in the table may ask for registers."""
+        return options(self.mode, launch.registers or self.registers)
 
 
 # Made once: to make the records takes the host longer than a launch. Triton also looks them up among those
@@ -165,7 +170,7 @@ variants = lru_cache(maxsize=256)(Variants)
 
 @lru_cache(maxsize=256)
 def plan_of(launch: Launch, peel: bool = False) -> Plan:
-    return static(Plan(launch.lanes, launch.width, peel, launch.tail, launch.near))
+    return static(Plan(launch.lanes, launch.width, peel, launch.tail, launch.near, launch.deep))
 
 
 def strides_of(logits: Tensor) -> Strides:

@@ -82,6 +82,7 @@ class Plan(NamedTuple):
     peel: bool = False
     tail: bool = False
     near: bool = False
+    deep: bool = False
 
 
 # Inside of kernels

@@ -23,8 +23,9 @@ from .lanes import (
     absorb,
     absorb_four,
     columns_of_lane,
+    load_four,
+    load_four_of_tail,
     load_masked,
-    load_tail,
     moved,
     nothing,
     offset_of,
@@ -61,10 +62,12 @@ def reduce_row(row, numbers, OPTIONS, PLAN):
     tail: those last columns are loaded at once, as one more turn, instead of tile by tile: fewer loads wait
     for each other.
     near: the row will be read again soon, and the L2 cache is asked to keep it.
+    deep: eight tiles a turn.
     """
     LANES: tl.constexpr = PLAN.lanes
     WIDTH: tl.constexpr = PLAN.width
     TILE: tl.constexpr = LANES * WIDTH
+    TURN: tl.constexpr = 8 if PLAN.deep else 4
     EVICT: tl.constexpr = "evict_last" if PLAN.near else ""
     lane = tl.arange(0, LANES)
     tile = (lane * WIDTH)[:, None] + tl.arange(0, WIDTH)[None, :]
@@ -77,20 +80,23 @@ def reduce_row(row, numbers, OPTIONS, PLAN):
 
     first = tl.multiple_of(begin + 0, WIDTH)
     if not (OPTIONS.softcap or OPTIONS.smoothed):
-        while first + 4 * TILE <= last:
-            z0 = tl.load(row.ptr + first + tile, eviction_policy=EVICT)
-            z1 = tl.load(row.ptr + first + TILE + tile, eviction_policy=EVICT)
-            z2 = tl.load(row.ptr + first + 2 * TILE + tile, eviction_policy=EVICT)
-            z3 = tl.load(row.ptr + first + 3 * TILE + tile, eviction_policy=EVICT)
+        while first + TURN * TILE <= last:
+            z0, z1, z2, z3 = load_four(row.ptr + first, tile, TILE, EVICT)
+            if PLAN.deep:
+                z4, z5, z6, z7 = load_four(row.ptr + first + 4 * TILE, tile, TILE, EVICT)
             state = absorb_four(state, z0, z1, z2, z3, numbers, OPTIONS)
-            first += 4 * TILE
+            if PLAN.deep:
+                state = absorb_four(state, z4, z5, z6, z7, numbers, OPTIONS)
+            first += TURN * TILE
     if PLAN.tail and not (OPTIONS.softcap or OPTIONS.smoothed):
         if first < last:
-            z0 = load_tail(row, first + tile, last, EVICT)
-            z1 = load_tail(row, first + TILE + tile, last, EVICT)
-            z2 = load_tail(row, first + 2 * TILE + tile, last, EVICT)
-            z3 = load_tail(row, first + 3 * TILE + tile, last, EVICT)
+            z0, z1, z2, z3 = load_four_of_tail(row, first + tile, last, TILE, EVICT)
+            if PLAN.deep:
+                z4, z5, z6, z7 = load_four_of_tail(row, first + 4 * TILE + tile, last, TILE, EVICT)
             state = absorb_four(state, z0, z1, z2, z3, numbers, OPTIONS)
+            if PLAN.deep:
+                if first + 4 * TILE < last:
+                    state = absorb_four(state, z4, z5, z6, z7, numbers, OPTIONS)
     else:
         while first < last:
             state = absorb(state, body, first + tile, numbers, OPTIONS)

@@ -16,6 +16,8 @@ class Launch:
     """num_warps: warps a program.  width: columns of a thread's load.  warp: threads of a warp.
     tail: a row's last columns as one masked turn, see `state.reduce_row`.
     near: hints to the L2 cache about a row that is read twice, see there and `gradient.write_gradient`.
+    deep: twice as many tiles in flight a lane, see the same.
+    registers: of a thread, at most; 0: as many as ptxas takes by itself.
     """
 
     num_warps: int
@@ -23,6 +25,8 @@ class Launch:
     warp: int = 32
     tail: bool = False
     near: bool = False
+    deep: bool = False
+    registers: int = 0
 
     def __post_init__(self) -> None:
         if self.lanes < 2 * self.width:
@@ -40,6 +44,10 @@ class Launch:
 # Bytes of a row from which one program has a multiprocessor to itself in `fused`: between 50,257 and 128,256
 # bf16 logits, where the order of the candidates changes.
 WIDE_ROW = 150_000
+# Up to which four programs of 8 warps share it: between 32,000 and 50,257.
+NARROW_ROW = 80_000
+# A turn of 8 warps with eight tiles of 16 bytes a lane.
+DEEP_TURN = 32_768
 
 
 def _warps(vocabulary: int, width: int, warp: int, most: int) -> int:
@@ -75,16 +83,30 @@ def fused(vocabulary: int, itemsize: int, lean: bool, warp: int = 32) -> Launch:
     about 34 MB of rows: 132 rows of 256 KB, one a multiprocessor, are read 1.06 times from memory with the
     hints, 1.21 without, and twice once two rows share a multiprocessor (counted by Nsight Compute).
 
-    lean: see `launch.lean`; 32 warps then have registers enough. Copies, in place: V = 32,000: 1.35 (16
-    warps), 50,257: 1.36 (16), 128,256: 1.27 (32), 262,144: 1.41 (32), whose rows no longer fit. With the
-    entropy: 1.49 (8), 1.56 (8), 1.48 (16), 1.67 (16).
+    Between its two passes a program loads nothing, and all its warps compute the row's formulas: so fewer
+    warps, each with more in flight (`deep`), where their registers still let as many rows in.
+
+    lean: see `launch.lean`; 32 warps then have registers enough. Copies, in place, not deep and deep, by
+    warps, H200: V = 32,000: 1.35 (16), 1.23 (8); 50,257: 1.35 (16), 1.38 (8); 128,256: 1.27 (32), 1.32 (32);
+    262,144: 1.40 (32), whose rows no longer fit, 1.39 (32). With the entropy: 1.49, 1.43 (8); 1.56, 1.42 (8);
+    1.48, 1.40 (16); 1.67, 1.46 (16). H100: 1.11, 1.09 (8); 1.14, 1.18 (8), 1.11 (16); 1.09, 1.06 (32); 1.34,
+    1.37 (32). With the entropy: 1.23, 1.15 (8); 1.28, 1.20 (8); 1.24, 1.16 (16); 1.46, 1.34 (16).
+    80 registers: three programs of 8 warps share a multiprocessor (72, measured: 1.09; 64, four: 1.14).
     """
-    width = 16 // itemsize
-    wide = vocabulary * itemsize >= WIDE_ROW
-    most = (32 if wide else 16) if lean else (16 if wide else 8)
+    width, row = 16 // itemsize, vocabulary * itemsize
+    wide = row >= WIDE_ROW
+    if not lean:
+        most, deep, registers = 16 if wide else 8, row >= DEEP_TURN, 128
+    elif wide:
+        most, deep, registers = 32, False, 64
+    elif row >= NARROW_ROW or row < DEEP_TURN:
+        most, deep, registers = 16, False, 0
+    else:
+        most, deep, registers = 8, True, 80
     # 512 threads on wavefronts of 64: with 1024, gfx942 has 128 registers a thread and spills.
     most = most if warp == 32 else min(most, 8)
-    return Launch(_warps(vocabulary, width, warp, most), width, warp, tail=True, near=True)
+    warps = _warps(vocabulary, width, warp, most)
+    return Launch(warps, width, warp, tail=True, near=True, deep=deep, registers=registers)
 
 
 def splits(rows: int, vocabulary: int, tile: int, processors: int) -> int:

@@ -20,7 +20,7 @@ from ...core.settings import (
 )
 from ...core.statistics import RowLoss
 from ...objectives import Objective
-from ...weighted import Weighted
+from ...row_objectives import RowObjective
 from .running import RunningStatistics
 
 COLUMN = "it is a column of the data set here: columns=Columns(token_weight=its name)"
@@ -38,7 +38,7 @@ class HiddenKeywords(TrainerKeywords, OfChunks, OfClassWeight, total=False):
     """The keywords of a trainer's call over its model's hidden states."""
 
 
-def described(objective: str | Objective | Weighted | RowLoss) -> Objective | Weighted | RowLoss:
+def described(objective: str | Objective | RowObjective | RowLoss) -> Objective | RowObjective | RowLoss:
     """The objective, its name resolved, so that a wrong one raises where it was written."""
     return inputs.described(objective)
 

@@ -1,7 +1,8 @@
-"""Losses whose rows are weighted by a function of their own statistics (`deft_kernels.weighted`).
+"""Losses that are made of formulas of the rows (`deft_kernels.row_objectives`), in part or as a whole.
 
-The statistics are those of -logp, which every backend makes; from them come the weights, in Python, and then
-the rows' losses and the coefficients of their gradients, on vectors of [N]: no backend knows of weights.
+The statistics are those of an objective that every backend knows; from them come the formulas' values, in
+Python, and then the rows' losses and the coefficients of their gradients, on vectors of [N]: no backend knows
+of formulas. `own` stands for the values, [K, N], see `with_terms`.
 """
 
 # Annotations as in `logits`.
@@ -11,54 +12,55 @@ import torch
 from torch import Tensor
 
 from ..backends import implementation
-from ..backends.pytorch.finish import reweighted
+from ..backends.pytorch.finish import with_terms
 from ..core import checks, validation
 from ..core.reduction import Weighting, class_weights
 from ..core.spec import Spec, decode
 from ..core.statistics import Field, statistics_record
-from ..weighted import Weighted
+from ..row_objectives import Terms
 from . import chunks, functions, hidden
 from .eager import function_of, watched
 from .logits import gradient_of_rows, gradient_storage
 
 
-def weights_of(
-    objective: Weighted,
+def values_of(
+    terms: Terms,
     rows: Tensor,
     labels: Tensor,
     ignore_index: int,
     vocabulary: int,
     which: slice | Tensor | None = None,
 ) -> Tensor:
-    """[N], from the packed rows of -logp with all statistics; which: of all rows, those that these are."""
+    """[K, N], from packed rows, of the statistics that `terms` need; which: of all rows, those that these
+    are."""
     stats = statistics_record(rows.detach(), labels.shape, vocabulary)._replace(alpha=None, gate=None)
-    return objective.of(stats, labels != ignore_index, which)
+    return terms.of(stats, labels != ignore_index, which)
 
 
-def _reweighted(
-    spec: Spec, rows: Tensor, loss: Tensor, weights: Tensor, labels: Tensor, class_weight: Optional[Tensor]
+def _with_terms(
+    spec: Spec, rows: Tensor, loss: Tensor, own: Tensor, labels: Tensor, class_weight: Optional[Tensor]
 ) -> Tuple[Tensor, Tensor]:
     of_target = None if class_weight is None else class_weights(class_weight, labels, rows.dtype)
-    return reweighted(spec, rows, loss, weights, of_target)
+    return with_terms(spec, rows, loss, own, of_target)
 
 
-@torch.library.custom_op("deft_kernels::weighted_row_loss", mutates_args=())
-def weighted_row_loss(
+@torch.library.custom_op("deft_kernels::row_loss_of_terms", mutates_args=())
+def row_loss_of_terms(
     logits: Tensor,
     labels: Tensor,
     class_weight: Optional[Tensor],
     rows: Tensor,
     loss: Tensor,
-    weights: Tensor,
+    own: Tensor,
     code: str,
     numbers: List[float],
 ) -> Tuple[Tensor, Tensor]:
-    """(loss [N], rows) of w (-logp), from those of -logp, which have to be those of these logits."""
-    return _reweighted(decode(code, numbers), rows, loss, weights, labels, class_weight)
+    """(loss [N], rows), from those of the Spec's objective, which have to be those of these logits."""
+    return _with_terms(decode(code, numbers), rows, loss, own, labels, class_weight)
 
 
-@weighted_row_loss.register_fake
-def _(logits, labels, class_weight, rows, loss, weights, code, numbers):
+@row_loss_of_terms.register_fake
+def _(logits, labels, class_weight, rows, loss, own, code, numbers):
     return torch.empty_like(loss), torch.empty_like(rows)
 
 
@@ -74,8 +76,8 @@ def _row_loss_backward(ctx: Any, dloss: Tensor, _: Any) -> Any:
     return gradient_of_rows(logits, labels, class_weight, rows, dloss, spec), *[None] * 7
 
 
-@torch.library.custom_op("deft_kernels::linear_weighted_row_loss", mutates_args=())
-def linear_weighted_row_loss(
+@torch.library.custom_op("deft_kernels::linear_row_loss_of_terms", mutates_args=())
+def linear_row_loss_of_terms(
     hidden: Tensor,
     weight: Tensor,
     bias: Optional[Tensor],
@@ -83,20 +85,20 @@ def linear_weighted_row_loss(
     class_weight: Optional[Tensor],
     rows: Tensor,
     loss: Tensor,
-    weights: Tensor,
+    own: Tensor,
     wanted: List[bool],
     product: torch.dtype,
     budget: int,
     code: str,
     numbers: List[float],
 ) -> Tuple[Tensor, Tensor]:
-    """`weighted_row_loss` of the logits that the head makes."""
-    return _reweighted(decode(code, numbers), rows, loss, weights, labels, class_weight)
+    """`row_loss_of_terms` of the logits that the head makes."""
+    return _with_terms(decode(code, numbers), rows, loss, own, labels, class_weight)
 
 
-@linear_weighted_row_loss.register_fake
+@linear_row_loss_of_terms.register_fake
 def _(
-    hidden, weight, bias, labels, class_weight, rows, loss, weights, wanted, product, budget, code, numbers
+    hidden, weight, bias, labels, class_weight, rows, loss, own, wanted, product, budget, code, numbers
 ):  # fmt: skip
     return torch.empty_like(loss), torch.empty_like(rows)
 
@@ -112,14 +114,14 @@ def _linear_backward(ctx: Any, dloss: Tensor, _: Any) -> Any:
     return hidden.given(hidden.gradient(*ctx.saved_tensors, *args), ctx.wanted, 13)
 
 
-weighted_row_loss.register_autograd(_row_loss_backward, setup_context=_setup_row_loss)
-linear_weighted_row_loss.register_autograd(_linear_backward, setup_context=_setup_linear)
-row_loss = function_of(weighted_row_loss, _setup_row_loss, _row_loss_backward)
-linear_row_loss = function_of(linear_weighted_row_loss, _setup_linear, _linear_backward)
+row_loss_of_terms.register_autograd(_row_loss_backward, setup_context=_setup_row_loss)
+linear_row_loss_of_terms.register_autograd(_linear_backward, setup_context=_setup_linear)
+row_loss = function_of(row_loss_of_terms, _setup_row_loss, _row_loss_backward)
+linear_row_loss = function_of(linear_row_loss_of_terms, _setup_linear, _linear_backward)
 
 
 class LossWithGradient(torch.autograd.Function):
-    """The weighted total and its gradient by the logits, made in the forward; for plain eager calls."""
+    """The total and its gradient by the logits, made in the forward; for plain eager calls."""
 
     @staticmethod
     def forward(
@@ -130,10 +132,10 @@ class LossWithGradient(torch.autograd.Function):
         class_weight: Tensor | None,
         rows: Tensor,
         loss: Tensor,
-        weights: Tensor,
+        own: Tensor,
         spec: Spec,
     ) -> tuple[Tensor, Tensor]:
-        loss, rows = _reweighted(spec, rows, loss, weights, labels, class_weight)
+        loss, rows = _with_terms(spec, rows, loss, own, labels, class_weight)
         dlogits = gradient_storage(logits, spec)
         implementation(spec).gradient(logits, labels, class_weight, rows, row_scale, spec, dlogits)
         functions.keep(ctx, logits, labels, row_scale, class_weight, rows, dlogits, spec)
@@ -145,7 +147,7 @@ class LossWithGradient(torch.autograd.Function):
 
 
 class LinearLossWithGradient(torch.autograd.Function):
-    """The weighted total and its gradients by hidden, weight and bias with three products, as
+    """The total and its gradients by hidden, weight and bias with three products, as
     `hidden.linear_loss_with_gradient`, whose backward it has; for plain eager calls."""
 
     @staticmethod
@@ -157,7 +159,7 @@ class LinearLossWithGradient(torch.autograd.Function):
         labels: Tensor,
         row_scale: Tensor,
         class_weight: Tensor | None,
-        objective: Weighted,
+        terms: Terms,
         wanted: list[bool],
         product: torch.dtype,
         budget: int,
@@ -170,13 +172,13 @@ class LinearLossWithGradient(torch.autograd.Function):
         validation.compare(spec.shard, weight.shape[0], *args, gradient_in_forward=True, **of_all_ranks)
         checks.check_label_range(labels, vocabulary, ignore_index)
 
-        def of_rows(rows: Tensor, loss: Tensor, own: Tensor, which: slice | Tensor) -> tuple[Tensor, Tensor]:
-            weights = weights_of(objective, rows, own, ignore_index, vocabulary, which)
-            return _reweighted(spec, rows, loss, weights, own, class_weight)
+        def of_rows(rows: Tensor, loss: Tensor, some: Tensor, which: slice | Tensor) -> tuple[Tensor, Tensor]:
+            own = values_of(terms, rows, some, ignore_index, vocabulary, which)
+            return _with_terms(spec, rows, loss, own, some, class_weight)
 
         with hidden.outside_autocast(states):
             head = chunks.Head(states, weight, bias, product, budget, spec.shard)
-            loss, rows, gradients = chunks.reweighted_loss_with_gradient(
+            loss, rows, gradients = chunks.loss_of_terms_with_gradient(
                 backend, head, labels, row_scale, class_weight, ignore_index, spec, wanted, of_rows
             )
             output = (backend.weighted_total(loss, row_scale, rows), rows, *gradients)
@@ -191,7 +193,7 @@ class LinearLossWithGradient(torch.autograd.Function):
 
 
 def loss(
-    objective: Weighted,
+    terms: Terms,
     logits: Tensor,
     labels: Tensor,
     weighting: Weighting,
@@ -200,15 +202,18 @@ def loss(
     *,
     in_forward: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, rows); the loss [N] for "none". spec: of -logp, with all statistics."""
+    """(loss, rows); the loss [N] for "none"."""
     vocabulary, classes = spec.vocabulary(logits.shape[-1]), weighting.class_weight
     with torch.no_grad():
         plain, rows = functions.row_loss(logits.detach(), labels, classes, ignore_index, spec)
-    weights = weights_of(objective, rows, labels, ignore_index, vocabulary)
+    own = values_of(terms, rows, labels, ignore_index, vocabulary)
     if in_forward and torch.is_grad_enabled() and logits.requires_grad:
         if watched(logits, labels):
-            raise ValueError("grad_in_forward: not available for objectives.weighted where a call is traced")
+            raise ValueError(
+                "grad_in_forward: not available where a call is traced, with objectives.weighted, an alpha "
+                "that is a tensor, or an anchor"
+            )
         scale = functions.row_scale(weighting, labels, ignore_index, logits.dtype, by_kernel=False)
-        return LossWithGradient.apply(logits, labels, scale, classes, rows, plain, weights, spec)
-    losses, rows = row_loss(logits, labels, classes, rows, plain, weights, *spec.encode())
+        return LossWithGradient.apply(logits, labels, scale, classes, rows, plain, own, spec)
+    losses, rows = row_loss(logits, labels, classes, rows, plain, own, *spec.encode())
     return weighting.reduce(losses, rows[Field.KEPT] != 0, labels), rows
