@@ -36,7 +36,7 @@ from .row_objectives import RowObjective as RowObjective
 from .row_objectives import tsallis_of_rows as _tsallis_of_rows
 from .weighted import Weighted as Weighted
 from .weighted import chord as chord
-from .weighted import dft_to_a_power
+from .weighted import dft_to_a_power as _dft_to_a_power
 from .weighted import infosft as infosft
 from .weighted import mile as mile
 from .weighted import weighted as weighted
@@ -248,7 +248,7 @@ def dft(power: float = 1.0, *, detach: bool = True) -> Objective | Weighted:
     Of a power that is not 1 `weighted`. A target with p = 0 has loss 0, the limit. Source: arXiv:2508.05629.
     """
     if number("power", power, 0.0, above=True) != 1.0:
-        return dft_to_a_power(power, flag("detach", detach))
+        return _dft_to_a_power(power, flag("detach", detach))
     return Objective("dft", "weighted", "prob", alpha=1.0, detach=flag("detach", detach))
 
 

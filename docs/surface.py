@@ -30,6 +30,8 @@ MODULES = {
     "deft_kernels.integrations.verl": "verl",
     "deft_kernels.integrations.megatron": "Megatron-Core",
     "deft_kernels.integrations.nemo": "NeMo AutoModel",
+    "deft_kernels.integrations.swift": "the plugins of ms-swift",
+    "deft_kernels.integrations.columns": "columns of a data set",
     "deft_kernels.integrations.callback": "a trainer's logs",
     "deft_kernels.integrations.running": "running statistics",
 }
@@ -59,9 +61,18 @@ def public(module: ModuleType) -> Iterator[tuple[str, Any]]:
 
 
 def of_source(module: str) -> Iterator[tuple[str, str]]:
-    """(name, definition) in a module that cannot be imported without its trainer."""
-    path = ROOT / (module.replace(".", "/") + ".py")
-    for node in ast.parse(path.read_text()).body:
+    """(name, definition) in a module that cannot be imported without its trainer; of one that only gives
+    another module's names, those."""
+    body = ast.parse((ROOT / (module.replace(".", "/") + ".py")).read_text()).body
+    if not any(isinstance(node, ast.FunctionDef | ast.ClassDef) for node in body):
+        package = module.rpartition(".")[0]
+        for node in body:
+            if isinstance(node, ast.ImportFrom) and node.level == 1:
+                names = {alias.name for alias in node.names}
+                for own, definition in of_source(f"{package}.{node.module}"):
+                    if own.partition(".")[0] in names:
+                        yield own, definition
+    for node in body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
             if any(isinstance(d, ast.Name) and d.id == "overload" for d in node.decorator_list):
                 continue

@@ -76,8 +76,8 @@ RECIPES: dict[str, tuple[int, Callable[..., Tensor]]] = {
     "clipped_policy_loss": (0, clipped),
     "proximal_sft_loss": (1, proximal),
     "anchored_loss": (2, anchored),
-    "profit_loss": (3, above_a_threshold),
-    "selective_loss": (4, of_most_excess),
+    "profit_loss": (4, above_a_threshold),
+    "selective_loss": (5, of_most_excess),
 }
 
 
@@ -105,7 +105,7 @@ def test_value_and_gradients(name, dtype):
 def test_the_example_of_a_weight():
     """With a number for each token, aligned as token_weight is."""
     names: dict[str, object] = {"torch": torch}
-    for block in range(6):
+    for block in range(7):
         names = execute("docs/recipes.md", block, names)
     hidden, weight, labels, _, _ = given(torch.float64)
     trust = torch.rand(B, T, dtype=torch.float64)
@@ -127,7 +127,7 @@ def test_the_table_names_what_there_is():
 def test_domains_with_gates_of_their_own() -> None:
     """Each token by the formula with its domain's alpha, 0 among them."""
     names: dict[str, object] = {"torch": torch}
-    for block in range(7):
+    for block in range(4):
         names = execute("docs/recipes.md", block, names)
     hidden, weight, labels, _, _ = given(torch.float64)
     domain = torch.arange(B * T).reshape(B, T) % 3

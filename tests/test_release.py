@@ -46,7 +46,7 @@ def test_papers_are_cited() -> None:
 
 
 def read_docstrings() -> list[str]:
-    made = [*objectives.TABLE.values(), weighted.chord, weighted.mile]
+    made = [*objectives.TABLE.values(), weighted.chord, weighted.infosft, weighted.mile]
     return [function.__doc__ or "" for function in made]
 
 

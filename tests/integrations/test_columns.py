@@ -353,6 +353,18 @@ class TestRunningStatistics:
             assert means[f"mean_gate/{name}"] == pytest.approx(float(stats.gate[own].mean()), rel=1e-6)
         assert running.means() == {}
 
+    def test_out_of_range_where_the_host_does_not_look(self):
+        """In a graph, as on a GPU: such a row is in the means of all rows, and of no channel."""
+        stats, valid = self.rows()
+        running = RunningStatistics(NAMES)
+        channel = torch.zeros(3, 5, dtype=torch.int64)
+        channel[1], channel[2] = 7, -1
+        torch.compile(running.update, backend="eager", fullgraph=True)(stats, valid, channel)
+        means = running.means()
+        assert means["nll"] == pytest.approx(float(-stats.logp[valid].mean()), rel=1e-6)
+        assert means["nll/code"] == pytest.approx(float(-stats.logp[0][valid[0]].mean()), rel=1e-6)
+        assert "nll/mathematics" not in means
+
     def test_what_is_no_channel(self):
         stats, valid = self.rows()
         running = RunningStatistics(NAMES)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import ranks
+import test_trl
 import torch
 from accelerate.utils import ParallelismConfig
 from routes import ROUTES, prepared
@@ -22,6 +23,7 @@ from tiny import arguments, batch, examples, llama, losses, oracle, parameters, 
 from transformers import Trainer
 
 from deft_kernels.integrations import transformers as integration
+from deft_kernels.integrations import trl
 
 RANKS = 2
 
@@ -64,6 +66,21 @@ def evaluated_in_parts() -> None:
         assert metrics["eval_nll"] == pytest.approx(wanted, rel=1e-5), route
 
 
+def trl_in_parts() -> None:
+    """Its fused head takes the shifted labels; rows are padded so that the parts are of one length."""
+    as_torchrun()
+    tokenizer = test_trl.trained_tokenizer()
+    with tempfile.TemporaryDirectory() as folder:
+        more = {"pad_to_multiple_of": 2 * RANKS, **settings()}
+        run = test_trl.prepared(Path(folder), tokenizer, embedding_and_head(), **more)
+        rows = test_trl.first_batch(run)
+        trl.apply(run)
+        run.train()
+    for name, objective in (("loss", "deft"), ("nll", "nll")):
+        wanted = oracle(embedding_and_head(), rows, objective)
+        assert losses(run, name)[0] == pytest.approx(wanted, rel=1e-5), name
+
+
 def columns_raise() -> None:
     as_torchrun()
     found = [{**row, "domain": "code", "trust": 1.0} for row in examples()]
@@ -93,7 +110,7 @@ def a_batch_that_cannot_be_seen() -> None:
             run.train()
 
 
-CASES = [trained_in_parts, evaluated_in_parts, columns_raise, a_batch_that_cannot_be_seen]
+CASES = [trained_in_parts, trl_in_parts, evaluated_in_parts, columns_raise, a_batch_that_cannot_be_seen]
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes a virtual environment with one stack, as far as its loss needs it, and runs that stack's tests on the CPU:
 #
-#     tests/stacks/run.sh STACK [FOLDER]        llamafactory, axolotl, torchtitan, verl, megatron, nemo or deepspeed
+#     tests/stacks/run.sh STACK [FOLDER]        llamafactory, axolotl, torchtitan, verl, megatron, nemo, swift, unsloth or deepspeed
 #
 # The stacks' own pins contradict each other, and some bring gigabytes of CUDA packages; so each has an environment
 # of its own, torch comes first in the tested version, and the stack without its dependencies.
@@ -38,6 +38,15 @@ case $stack in
     megatron)
         package="megatron-core==0.16.1"
         needs=(packaging)
+        ;;
+    swift)
+        package="ms-swift==4.6.0"
+        needs=(ms-swift==4.6.0 transformers==5.19.0 trl==0.29.1)
+        ;;
+    unsloth)
+        package="unsloth==2026.10.9"
+        needs=(unsloth_zoo==2026.10.9 transformers==5.17.0 trl==1.15.0 peft datasets==4.8.5 typer rich structlog json5)
+        needs+=(nest-asyncio pydantic pyyaml)
         ;;
     deepspeed)
         package="deepspeed==0.19.8"

@@ -20,7 +20,7 @@ from .settings import LogitsKeywords, checked, counted, denominator, described, 
 from .watch import Watch
 
 
-class _OfLogits:
+class OfLogits:
     """`deft_loss` on a model's logits; what is common to the two signatures."""
 
     @showing(LogitsKeywords)
@@ -42,13 +42,22 @@ class _OfLogits:
         self.shift = shift
         self.keywords = checked(type(self).__name__, LogitsKeywords, keywords)
 
-    def _loss(self, logits: Tensor, labels: Tensor, shift: bool, num_items: Any, ignore_index: int) -> Tensor:
+    def _loss(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        shift: bool,
+        num_items: Any,
+        ignore_index: int,
+        token_weight: Tensor | None = None,
+    ) -> Tensor:
         labels = labels.to(logits.device)
         settings = {"shift": shift, "ignore_index": ignore_index, "num_items": denominator(num_items, logits)}
         weight = self.keywords.get("weight")
         if weight is not None:
             settings["weight"] = weight.to(logits.device)
         keywords: dict[str, Any] = {"objective": self.objective, **self.keywords, **settings}
+        keywords["token_weight"] = token_weight
         channel = None
         if self.columns is not None:
             channel, keywords["token_weight"] = self.columns.of(labels, shift)
@@ -65,7 +74,7 @@ class _OfLogits:
             raise ValueError(AMONG_PIECES)
 
 
-class ComputeLoss(_OfLogits):
+class ComputeLoss(OfLogits):
     """A `Trainer`'s compute_loss_func: `deft_loss` of outputs.logits, shifted, over num_items_in_batch.
 
     Args:
@@ -112,7 +121,7 @@ class ComputeLoss(_OfLogits):
         return self._loss(logits, shifted, False, num_items_in_batch, -100)
 
 
-class ForCausalLM(_OfLogits):
+class ForCausalLM(OfLogits):
     """A causal model's `loss_function`; the signature of transformers' own.
 
     Args: as `ComputeLoss`. Better set by `set_loss_function`, which checks that it is used.
