@@ -277,6 +277,10 @@ def test_commands_exist(page: str, line: str) -> None:
         elif program.endswith("python"):
             assert (ROOT / arguments[0]).is_file()
             knows(arguments)
+        elif program == "accelerate":
+            script = next(i for i, word in enumerate(arguments) if word.endswith(".py"))
+            assert arguments[0] == "launch" and (ROOT / arguments[script]).is_file()
+            knows(arguments[script:])
         elif program == "pip":
             assert arguments[0] == "install"
         else:
