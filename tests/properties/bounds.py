@@ -7,10 +7,10 @@ entry. A gradient through the gate is made of terms as large as dL/dS, dL/dH or 
 where one token holds nearly everything: one fp32 epsilon of these. For fp64 logits the same with fp64's
 digits.
 
-A soft cap, label smoothing and z-loss round on their way, as PyTorch's own formulas do in fp32. There the
-largest error of the oracle run in fp32 on the same row is allowed beside these bounds, twice. Smoothing's
-part of a loss, a difference of lse and the mean logit, may also be off by an epsilon of the logits: PyTorch
-subtracts the largest first, and errs less where all are large and alike.
+A soft cap, label smoothing, z-loss and anchor round on their way, as PyTorch's own formulas do in fp32.
+There the largest error of the oracle run in fp32 on the same row is allowed beside these bounds, twice.
+Smoothing's part of a loss, a difference of lse and the mean logit, may also be off by an epsilon of the
+logits: PyTorch subtracts the largest first, and errs less where all are large and alike.
 """
 
 from __future__ import annotations
@@ -87,7 +87,14 @@ def truth(case: Case, made: Tensors) -> Truth:
     target_weight = torch.where(kept, classes[torch.where(kept, made.targets, 0)], 0.0)
     own = (1 - case.label_smoothing) * target_weight
     spread = case.label_smoothing * classes.mean()
-    z_slope = case.z_loss * sound(2 * stats.lse.abs())
+    added = case.z_loss * sound(2 * stats.lse.abs())
+    steep, drift = torch.zeros_like(added), 0.0
+    if made.reference_logp is not None:
+        distance = made.reference_logp.double().reshape(-1) - stats.logp
+        added = added + case.anchor * sound(distance.expm1().abs())
+        # D is as far off as log p and the reference's are rounded, and e^D by as much relatively.
+        steep = case.anchor * sound(distance.exp())
+        drift = epsilon * (1.0 + sound(stats.logp.abs()))
     token = kept.double()
     if made.token_weight is not None:
         token = token * made.token_weight.reshape(-1).double().abs()
@@ -98,12 +105,13 @@ def truth(case: Case, made: Tensors) -> Truth:
     share = made.upstream.double().abs().expand(case.shape).reshape(-1) * token / divisor
 
     scale = torch.maximum(
-        share * (own + spread + z_slope) / case.temperature, sound(exact.gradient.abs()).amax(1)
+        share * (own + spread + added) / case.temperature, sound(exact.gradient.abs()).amax(1)
     )
     through = share * own / case.temperature * through_the_gate(case, stats)
     gradient_slack = relative * exact.gradient.abs() + (free * scale + epsilon * through).unsqueeze(1)
-    slope = own * sound(stats.gate).clamp(max=1.0) + spread + z_slope
-    rows_slack = relative * exact.rows.abs() + epsilon * token * slope
+    gradient_slack = gradient_slack + (drift * share * steep / case.temperature).unsqueeze(1)
+    slope = own * sound(stats.gate).clamp(max=1.0) + spread + added
+    rows_slack = relative * exact.rows.abs() + (epsilon * slope + drift * added) * token
     rows_slack = rows_slack + ORACLE * token * own * (1.0 + sound(stats.logp.abs()))
     statistics_slack = {name: relative * getattr(stats, name).abs() + free for name in STATISTICS}
     size = logit_size(case, made)

@@ -26,6 +26,8 @@ class Case:
     """shape: of the labels.  kinds: of the rows, in turns.  block: rows of a block, or columns of a tile / 8.
 
     ignored: share of the rows.  token_weight, class_weight: None, or what they look like.
+    alpha: None; or the tensor that `tsallis` has in the place of `objective`, whose band it takes over: one
+    "number", or one for each of the "rows".  anchor: 0 without a reference model.
     upstream: of a scalar loss; times a random vector with reduction="none".
     """
 
@@ -49,6 +51,8 @@ class Case:
     temperature: float = 1.0
     z_loss: float = 0.0
     label_smoothing: float = 0.0
+    alpha: str | None = None
+    anchor: float = 0.0
     inplace: bool = False
     grad_in_forward: bool | None = None
     upstream: float = 1.0
@@ -71,7 +75,7 @@ class Case:
     @property
     def plain(self) -> bool:
         """Whether the bounds of `rows` alone apply: no option that adds a rounding of its own."""
-        return self.softcap is None and self.label_smoothing == 0.0 and self.z_loss == 0.0
+        return self.softcap is None and self.label_smoothing == self.z_loss == self.anchor == 0.0
 
 
 def written(value: object) -> str:
@@ -89,6 +93,8 @@ class Tensors(NamedTuple):
     targets: Tensor  # [N], the label each row is scored against, ignore_index where it is none
     token_weight: Tensor | None
     class_weight: Tensor | None
+    alpha: Tensor | None
+    reference_logp: Tensor | None
     upstream: Tensor
     storage: Tensor
     outside: Tensor
@@ -120,16 +126,42 @@ def tensors(case: Case) -> Tensors:
     if case.reduction == "none":
         upstream = upstream * torch.randn(case.shape, generator=generator).to(dtype)
         upstream[torch.rand(case.shape, generator=generator) < 0.1] = 0.0
+    token_weight = weights(case.token_weight, case.shape, generator)
     return Tensors(
         logits,
         labels.to(case.label_dtype),
         targets,
-        weights(case.token_weight, case.shape, generator),
+        token_weight,
         weights(case.class_weight, (case.vocabulary,), generator),
+        focus(case, targets, generator),
+        reference_model(case, logits, targets) if case.anchor > 0 else None,
         upstream,
         storage,
         outside,
     )
+
+
+def focus(case: Case, targets: Tensor, generator: torch.Generator) -> Tensor | None:
+    """alpha, in [0, 4], with 0 and 1 among those of rows, and NaN where a row does not count."""
+    if case.alpha is None:
+        return None
+    if case.alpha == "number":
+        return 4 * torch.rand((), generator=generator)
+    drawn = 4 * torch.rand(case.rows, generator=generator)
+    drawn[::3] = drawn[::3].gt(2).float()
+    return drawn.masked_fill(targets == case.ignore_index, torch.nan).reshape(case.shape)
+
+
+def reference_model(case: Case, logits: Tensor, targets: Tensor) -> Tensor:
+    """log p of another model, in turns the same as this one's, near it and far."""
+    generator = torch.Generator().manual_seed(case.seed + 3)
+    z = logits.double().reshape(case.rows, case.vocabulary)
+    z = (z if case.softcap is None else case.softcap * torch.tanh(z / case.softcap)) / case.temperature
+    ignored = targets == case.ignore_index
+    logp = z.log_softmax(1).gather(1, targets.masked_fill(ignored, 0).unsqueeze(1)).squeeze(1)
+    apart = torch.tensor([0.0, 1e-2, 3.0])[torch.arange(case.rows) % 3]
+    away = torch.randn(case.rows, generator=generator) * apart
+    return (logp + away).float().masked_fill(ignored, torch.nan).reshape(case.shape)
 
 
 def row_of(kind: str, z: Tensor, target: int, generator: torch.Generator) -> Tensor:
@@ -204,9 +236,11 @@ def weights(look: str | None, shape: tuple[int, ...], generator: torch.Generator
 
 def keywords(case: Case, made: Tensors) -> dict[str, Any]:
     """What the oracle and a backend are both given."""
-    items = case.num_items
+    items, objective = case.num_items, case.objective
+    if made.alpha is not None:
+        objective = objectives.tsallis(made.alpha).within((objective.low, objective.high))
     return {
-        "objective": case.objective,
+        "objective": objective,
         "reduction": case.reduction,
         "ignore_index": case.ignore_index,
         "token_weight": made.token_weight,
@@ -217,4 +251,6 @@ def keywords(case: Case, made: Tensors) -> dict[str, Any]:
         "temperature": case.temperature,
         "z_loss": case.z_loss,
         "label_smoothing": case.label_smoothing,
+        "anchor": case.anchor,
+        "reference_logp": made.reference_logp,
     }

@@ -102,6 +102,8 @@ def rows_of(made: Tensors, index: Tensor | slice) -> Tensors:
         labels=made.labels[index],
         targets=made.targets[index],
         token_weight=None if made.token_weight is None else made.token_weight[index],
+        alpha=made.alpha if made.alpha is None or made.alpha.dim() == 0 else made.alpha[index],
+        reference_logp=None if made.reference_logp is None else made.reference_logp[index],
         upstream=made.upstream[index] if made.upstream.dim() else made.upstream,
     )
 
@@ -199,9 +201,9 @@ def neutral_settings(case: Case, call: Call) -> Agreement:
 
 
 def weighted_classes(case: Case, call: Call) -> Agreement:
-    """Class weights are weights of their rows, where neither a smoothing nor a z-loss goes past them."""
+    """Class weights are weights of their rows, where no smoothing, z-loss or anchor goes past them."""
     case = replace(steady(case), label_smoothing=0.0, z_loss=0.0, reduction="sum", num_items=None,
-                   class_weight="positive", token_weight=None)  # fmt: skip
+                   class_weight="positive", token_weight=None, anchor=0.0)  # fmt: skip
     made = tensors(case)
     assert made.class_weight is not None
     rows = made.class_weight[torch.where(made.targets == case.ignore_index, 0, made.targets)]
@@ -238,7 +240,7 @@ def one_name_for_another(case: Case, call: Call) -> Agreement:
         (objectives.cayley(mean_prob=1.0).within((0.0, 1.0)), objectives.cayley(mean_prob=1.0)),
     )
     one, other = pairs[case.seed % len(pairs)]
-    case = replace(steady(case), objective=one)
+    case = replace(steady(case), objective=one, alpha=None)
     made = tensors(case)
     return Agreement(call(case, made), call(replace(case, objective=other), made), case, made)
 

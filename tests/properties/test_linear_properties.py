@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from backends_in_small import small
 from bounds import EPSILON, Truth, excess, near_a_band, truth, ulp
-from cases import Case, keywords, tensors
+from cases import Case, keywords, reference_model, tensors
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from strategies import DTYPES, cases, numbers, sometimes
@@ -81,6 +81,8 @@ def check(case: Case, head: Head, backend: str) -> None:
     scaled = replace(case, softcap=case.softcap and case.softcap / head.logit_scale,
                      temperature=case.temperature / head.logit_scale)  # fmt: skip
     of_logits = made._replace(logits=logits.masked_fill(ignored, 0.0).to(case.dtype))
+    if case.anchor > 0:
+        of_logits = of_logits._replace(reference_logp=reference_model(scaled, of_logits.logits, made.targets))
     expected = truth(scaled, of_logits)
     assume(not near_a_band(scaled, expected.statistics))
 
@@ -92,7 +94,7 @@ def check(case: Case, head: Head, backend: str) -> None:
     for name, leaf in leaves.items():
         if leaf is not None and name != head.frozen:
             leaf.requires_grad_()
-    options: dict[str, Any] = keywords(case, made)
+    options: dict[str, Any] = keywords(case, of_logits)
     options["class_weight"] = options.pop("weight")
     with (
         small(backend, case.block, case.vocabulary, case.seed),
