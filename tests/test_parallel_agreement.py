@@ -192,9 +192,16 @@ def columns_in_another_order() -> None:
 def what_differs() -> dict[str, tuple[dict, dict]]:
     """Keywords on rank 0 and on the others, by the name of what differs."""
     weight = torch.linspace(0.5, 2.0, 20, device=ranks.device())
+    rows = torch.linspace(0.1, 0.9, N, device=ranks.device())
+    alpha, other = ({"objective": objectives.tsallis(x)} for x in (rows, rows + 0.1))
+    logp, near = ({"anchor": 0.5, "reference_logp": x} for x in (-rows, -rows - 0.1))
+    what = "objective, its row inputs or reference_logp"
     return {
-        "objective": ({"objective": "deft"}, {"objective": "eaft"}),
-        "objective ": ({}, {"objective": objectives.deft().within("p>=0.1")}),
+        what: ({"objective": "deft"}, {"objective": "eaft"}),
+        f"{what} ": ({}, {"objective": objectives.deft().within("p>=0.1")}),
+        f"{what}  ": ({"objective": "nll"}, alpha),
+        f"{what}   ": (alpha, other),
+        f"{what}    ": (logp, near),
         "softcap, temperature, z_loss, label_smoothing or anchor": ({"temperature": 1.5}, {}),
         "softcap, temperature, z_loss, label_smoothing or anchor ": ({"label_smoothing": 0.1}, {}),
         "ignore_index": ({"ignore_index": -1}, {}),
@@ -310,6 +317,10 @@ def noticed_without_a_message() -> None:
         raises_everywhere(
             lambda b=backend, other=other: deft_loss(local, other, group=place, backend=b), match
         )
+    alpha = torch.linspace(0.1, 0.9, N, device=local.device)
+    formulas = ({"objective": "nll"}, {"objective": objectives.tsallis(alpha)})
+    for pair in (formulas, ({"anchor": 0.5, "reference_logp": -alpha}, {})):
+        raises_everywhere(lambda p=pair: deft_loss(local, labels, group=place, **p[not first]), match)
     # What may differ: where a rank makes its gradient. (Not return_stats, which others have to send for.)
     keywords = {} if first else {"grad_in_forward": False}
     loss = deft_loss(local.clone().requires_grad_(), labels, group=place, **keywords)

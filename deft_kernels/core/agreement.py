@@ -43,7 +43,7 @@ def fingerprint_of(tensor: Tensor) -> int:
 def objective_terms(spec: Spec) -> tuple[Any, ...]:
     """Without the batch's mean p, which the linear call fills in, and the group it is taken over."""
     o = spec.objective
-    return o.family, o.focus, o.alpha, o.eps, o.power, o.top_k, o.detach, o.low, o.high
+    return o.family, o.focus, o.alpha, o.eps, o.power, o.top_k, o.detach, o.low, o.high, spec.formula
 
 
 @lru_cache(maxsize=256)

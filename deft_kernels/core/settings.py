@@ -11,11 +11,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypedDict
 
+import torch
 from torch import Tensor
 
 from ..objectives import Objective, nll, of_statistics
 from ..row_objectives import Anchor, RowObjective, Terms
 from . import checks
+from .agreement import fingerprint_of
 from .groups import Shard, VocabShard
 from .inputs import described
 from .keywords import declarations
@@ -186,7 +188,20 @@ class Request(NamedTuple):
             backend,
             shard,
             self.skip_ignored,
+            self._formula(),
         )
+
+    def _formula(self) -> str:
+        """For the ranks of a group to compare: its name, and under validation what is given with the rows."""
+        if self.group is None:
+            return ""
+        terms = self.terms()
+        if terms is None:
+            return ""
+        name = "" if terms.objective is None else terms.objective.name
+        if not checks.validating() or torch.compiler.is_compiling():
+            return name
+        return " ".join([name, *(str(fingerprint_of(x.reshape(-1))) for x in terms.tensors().values())])
 
     def spec_of_statistics(self, backend: str, shard: Shard | None) -> Spec:
         """Of `row_statistics`: what acts on the logits, and every statistic."""

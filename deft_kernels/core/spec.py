@@ -19,7 +19,9 @@ from .statistics import Field
 class Spec:
     """Settings of one loss, shared by the forward and the backward operators.
 
-    softcap: 0 for none.  anchor: no backend reads it; it is here for the ranks to compare.
+    softcap: 0 for none.
+    anchor, formula (what formulas of the rows train in the objective's place): no backend reads them; they
+    are here for the ranks of a group to compare.
     statistics: also reduce what the loss itself does not need (entropy, max p).
     backend: "triton" or "torch", already resolved.  inplace: the backward overwrites the logits.
     skip_ignored: whether rows that do not count are left out before the first product of hidden states.
@@ -37,6 +39,7 @@ class Spec:
     backend: str = "torch"
     shard: Shard | None = None
     skip_ignored: bool = True
+    formula: str = ""
 
     def encode(self) -> tuple[str, list[float]]:
         """(code, numbers) for an operator call; torch.compile folds both to constants.
@@ -48,7 +51,8 @@ class Spec:
         flags = f"{int(o.detach)}{int(self.statistics)}{int(self.inplace)}{int(self.skip_ignored)}"
         start, size, ranks, group, known = self.shard or (0, 0, 0, "", 0)
         place = f"{start}:{size}:{ranks}:{known}:{_quoted(group)}"
-        code = f"{len(Field)}:{o.family}:{o.focus}:{flags}:{self.backend}:{place}:{_quoted(o.batch_group)}"
+        names = f"{_quoted(o.batch_group)}:{_quoted(self.formula)}"
+        code = f"{len(Field)}:{o.family}:{o.focus}:{flags}:{self.backend}:{place}:{names}"
         mean_prob = -1.0 if o.mean_prob is None else o.mean_prob
         numbers = [o.alpha, o.eps, o.power, o.top_k, o.low, o.high, mean_prob]
         return code, [*numbers, *self.settings()]
@@ -117,7 +121,7 @@ def _unquoted(name: str) -> str:
 
 @lru_cache(maxsize=256)
 def _decode(code: str, numbers: tuple[float, ...]) -> Spec:
-    _, family, focus, flags, backend, *place, group, batch_group = code.split(":")
+    _, family, focus, flags, backend, *place, group, batch_group, formula = code.split(":")
     detach, statistics, inplace, skip = (flag == "1" for flag in flags)
     alpha, eps, power, top_k, low, high, mean_prob, *settings = numbers
     given = None if mean_prob < 0 else mean_prob
@@ -127,5 +131,5 @@ def _decode(code: str, numbers: tuple[float, ...]) -> Spec:
     start, size, ranks, known = (int(number) for number in place)
     shard = Shard(start, size, ranks, _unquoted(group), known) if ranks else None
     named: dict[str, Any] = dict(zip(SETTINGS, settings, strict=True))
-    flagged = {"statistics": statistics, "inplace": inplace, "skip_ignored": skip}
-    return Spec(objective, **named, **flagged, backend=backend, shard=shard)
+    named |= {"statistics": statistics, "inplace": inplace, "skip_ignored": skip}
+    return Spec(objective, **named, backend=backend, shard=shard, formula=_unquoted(formula))

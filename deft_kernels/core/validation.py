@@ -40,7 +40,7 @@ DIGEST = (
     "the dtype",
     "labels",
     "ignore_index",
-    "objective",
+    "objective, its row inputs or reference_logp",
     "softcap, temperature, z_loss, label_smoothing or anchor",
     "weight (class weights)",
     "reduction, token_weight or num_items",
@@ -95,7 +95,9 @@ def compare(
         "the dtype": DTYPES.index(dtype) + 1,
         "labels": fingerprint_of(labels),
         "ignore_index": fingerprint(ignore_index),
-        "objective": fingerprint((objective_terms(spec), spec.objective.mean_prob)),
+        "objective, its row inputs or reference_logp": fingerprint(
+            (objective_terms(spec), spec.objective.mean_prob)
+        ),
         "softcap, temperature, z_loss, label_smoothing or anchor": fingerprint(spec.settings()),
         "weight (class weights)": 1 if class_weight is None else fingerprint_of(class_weight),
         "reduction, token_weight or num_items": 0 if row_scale is None else fingerprint_of(row_scale),
