@@ -166,9 +166,9 @@ def tsallis(alpha: float | Tensor | None = None, *, q: float | None = None) -> O
         or of no dimension, one that may change from call to call without another compilation and without
         the host waiting. Like `token_weight`, the entry at t goes with the logits at t, whose label is
         labels[..., t + n] with shift=n. Statistics show it as alpha. Where it is NaN, so is its row.
-    Raises: ValueError when both or neither are given, or alpha is negative (a tensor on a CPU, and with
-        DEFT_KERNELS_VALIDATE=1 on a device, in the call; else its rows are NaN) or requires a gradient;
-        TypeError for a tensor of integers.
+    Raises: ValueError when both or neither are given, or alpha is negative or infinite (a tensor: in the
+        call, on a CPU and with DEFT_KERNELS_VALIDATE=1 on a device; else its rows are NaN) or requires a
+        gradient; TypeError for a tensor of integers.
     """
     if (alpha is None) == (q is None):
         raise ValueError("tsallis: give exactly one of alpha and q (q = 1 - alpha)")

@@ -102,6 +102,12 @@ def of_these(value: Tensor, like: Tensor, rows: Rows) -> Tensor:
     return value if rows is None else value[rows]
 
 
+def of_all_ranks(number: Any) -> Tensor:
+    """A number that the host may read: that of a DTensor is this rank's alone, and only one might raise."""
+    whole: Tensor = number.full_tensor() if hasattr(number, "full_tensor") else number
+    return whole
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TsallisOfRows(RowObjective):
     """loss = (1 - p^alpha) / alpha with an alpha for each row; made by `objectives.tsallis`."""
@@ -116,14 +122,16 @@ class TsallisOfRows(RowObjective):
             check_of_rows("alpha", alpha if alpha.dim() else alpha.expand(labels.shape), labels)
         if torch.compiler.is_compiling() or (alpha.device.type != "cpu" and not checks.validating()):
             return
-        if bool((alpha < 0).any()):
-            raise ValueError(f"alpha: expected numbers >= 0, got {float(alpha[alpha < 0].min())}")
+        wrong = (alpha < 0) | (alpha == math.inf)
+        if bool(of_all_ranks(wrong.any())):
+            shown = of_all_ranks(alpha.masked_fill(~wrong, -math.inf).max())
+            raise ValueError(f"alpha: expected finite numbers >= 0, got {float(shown)}")
 
     def values(self, stats: RowStatistics, inputs: Mapping[str, Tensor]) -> Values:
         logp = stats.logp
-        # A negative one that nobody saw shows as NaN.
+        # One that is negative or infinite, and that nobody saw, shows as NaN.
         alpha = inputs["alpha"].to(logp)
-        alpha = alpha.where(~(alpha < 0), math.nan)
+        alpha = alpha.where((alpha >= 0) & (alpha < math.inf), math.nan)
         # Below, p^alpha is 1 - or 0 for a target of probability 0, whose loss is 1 / alpha.
         small = alpha.abs() < torch.finfo(logp.dtype).tiny
         x = (alpha * logp).masked_fill(small, 0.0)

@@ -66,6 +66,7 @@ MEANT = [
     ("deft_loss", "size_average", "reduction"),
     ("deft_loss", "num_items_in_batch", "num_items"),
     ("deft_loss", "alpha", "objectives.tsallis"),
+    ("deft_loss", "ref_per_token_logps", "reference_logp"),
     ("deft_loss", "lable_smoothing", "label_smoothing"),
     ("row_statistics", "target", "labels"),
     ("row_statistics", "final_logit_softcapping", "softcap"),

@@ -182,6 +182,23 @@ def test_a_nan_shows(alpha, backend, device):
     assert torch.equal(gradient.isnan().any(-1), wrong)
 
 
+@pytest.mark.parametrize("wrong", [-0.5, math.inf])
+def test_a_wrong_alpha_that_nobody_sees_shows(wrong, backend):
+    """As where a call is traced, or on a device: NaN in its rows, and in no other."""
+    logits, labels, _ = problem("cpu")
+    alpha = torch.full((N,), 0.5)
+    alpha[2] = wrong
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def train(z, alpha):
+        objective = objectives.tsallis(alpha)
+        return deft_loss(z, labels, objective=objective, backend=backend, reduction="none")
+
+    torch.compiler.reset()
+    rows, gradient = step(lambda z: train(z, alpha), logits.clone().requires_grad_())
+    assert rows.isnan().nonzero().tolist() == gradient.isnan().any(-1).nonzero().tolist() == [[2]]
+
+
 def test_impossible_targets(backend, device):
     logits, labels, own = problem(device)
     logits[1, labels[1]] = -math.inf
@@ -276,8 +293,12 @@ def test_modules():
         (lambda: {"objective": objectives.tsallis(torch.rand(N).to_sparse())}, "^alpha: "),
         (lambda: {"objective": objectives.tsallis(torch.rand(N), q=0.5)}, "^tsallis: give exactly one"),
         (lambda: {"objective": objectives.tsallis(torch.rand(N + 1))}, "^alpha: expected the labels' shape"),
-        (lambda: {"objective": objectives.tsallis(torch.rand(N) - 2)}, "^alpha: expected numbers >= 0"),
-        (lambda: {"objective": objectives.tsallis(torch.tensor(-0.5))}, "^alpha: expected numbers >= 0"),
+        (
+            lambda: {"objective": objectives.tsallis(torch.rand(N) - 2)},
+            "^alpha: expected finite numbers >= 0",
+        ),
+        (lambda: {"objective": objectives.tsallis(torch.tensor(-0.5))}, "^alpha: expected finite .* -0.5"),
+        (lambda: {"objective": objectives.tsallis(torch.tensor(math.inf))}, "^alpha: expected finite .* inf"),
         (lambda: {"objective": objectives.tsallis(torch.rand(N, device="meta"))}, "^alpha: is on meta"),
         (lambda: {"anchor": 0.1}, "^anchor: needs reference_logp"),
         (lambda: {"reference_logp": torch.zeros(N)}, "^reference_logp: needs anchor"),
@@ -365,6 +386,11 @@ def dtensors() -> None:
             (loss * 0.5).backward()
             torch.testing.assert_close(loss.full_tensor(), expected, rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(mine.grad.full_tensor(), wanted, rtol=1e-4, atol=1e-7)
+    wrong = torch.full((N,), 0.5, device=ranks.device()).index_fill(0, torch.tensor([N - 1]), -0.5)
+    mine, targets, wrong = (distribute_tensor(x, mesh, [Shard(0)]) for x in (logits, labels, wrong))
+    if ranks.device() == "cpu":
+        with pytest.raises(ValueError, match="^alpha: expected finite numbers >= 0, got -0.5"):
+            deft_loss(mine, targets, objective=objectives.tsallis(wrong))
     with pytest.raises(TypeError, match=r"^(alpha|labels|reference_logp): "):
         mine = distribute_tensor(logits, mesh, [Shard(0)])
         deft_loss(mine, distribute_tensor(labels, mesh, [Shard(0)]), **CASES["tokens"](own, logits))

@@ -37,6 +37,7 @@ FAMILIAR: dict[tuple[str, ...], tuple[str, ...]] = {
     ("return_stats",): ("return_token_accuracy", "return_entropy", "return_statistics"),
     ("objective",): ("loss_type", "loss_fn", "loss", "kind"),
     ("log_collision",): ("collision",),
+    ("reference_logp",): ("ref_logp", "ref_logps", "ref_per_token_logps"),
     ("logp",): ("log_p", "logps", "logprobs", "per_token_logps"),
     ("backend",): ("impl", "implementation"),
 }  # fmt: skip

@@ -131,10 +131,5 @@ def _decode(code: str, numbers: tuple[float, ...]) -> Spec:
     start, size, ranks, known = (int(number) for number in place)
     shard = Shard(start, size, ranks, _unquoted(group), known) if ranks else None
     named: dict[str, Any] = dict(zip(SETTINGS, settings, strict=True))
-    named |= {
-        "statistics": statistics,
-        "inplace": inplace,
-        "skip_ignored": skip,
-        "formula": _unquoted(formula),
-    }
-    return Spec(objective, **named, backend=backend, shard=shard)
+    named |= {"statistics": statistics, "inplace": inplace, "skip_ignored": skip}
+    return Spec(objective, **named, backend=backend, shard=shard, formula=_unquoted(formula))
