@@ -1,4 +1,4 @@
-"""Write docs/benchmarks.md and its plots from the records under benchmarks/results.
+"""Write docs/benchmarks.md, docs/benchmarks-tables.md and their plots from benchmarks/results.
 
     python benchmarks/report.py
     python benchmarks/report.py --results OUT_DIR --out OUT_DIR/benchmarks.md
@@ -15,16 +15,30 @@ from pathlib import Path
 from typing import Any
 
 import plots
+import questions
 
 ROOT = Path(__file__).parent.parent
 Record = dict[str, Any]
 
-INTRODUCTION = """\
-# Benchmarks
-
+WRITTEN = """\
 Written by `python benchmarks/report.py` from the records under `benchmarks/results`; how they are taken is in
 [CONTRIBUTING.md](../CONTRIBUTING.md#measuring). What is not measured is absent.
+"""
 
+INTRODUCTION = f"""\
+# Benchmarks
+
+{WRITTEN}
+Every number here is a ratio within one record: all contestants took turns in one process, and each time is
+the median of the rounds. Of several numbers of rows it is the largest, or the one that the
+vocabularies share. At smaller ones a ratio may be above 1: [all measurements]({{tables}}) has them, with
+every time, machine, version and command.
+"""
+
+TABLES = f"""\
+# All measurements
+
+{WRITTEN}
 Every time is the median of rounds in which all contestants, and a copy of the logits, took turns in one
 process. "x copy" is the time over that copy's (one read and one write of the logits). "Bandwidth" counts what
 the mode cannot do without: one read of the logits for the statistics, a read and a write for the gradient, a
@@ -228,7 +242,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks.md")
     args = parser.parse_args()
     images = args.out.parent / "images"
-    text = INTRODUCTION + "\n"
+    tables = args.out.with_name(f"{args.out.stem}-tables.md")
+    lead = INTRODUCTION.format(tables=tables.name) + "\n" + questions.answers(args.results, images, "images/")
+    text = TABLES + "\n"
     for path in sorted(args.results.glob("**/losses.json")):
         text += losses(path, images, "images/")
     for path in sorted(args.results.glob("**/linear.json")):
@@ -238,8 +254,9 @@ def main() -> None:
     for path in sorted(args.results.glob("**/sass.json")):
         text += compiled(path)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(text.rstrip() + "\n")
-    print(f"wrote {args.out}")
+    for path, page in ((args.out, lead), (tables, text)):
+        path.write_text(page.rstrip() + "\n")
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":
