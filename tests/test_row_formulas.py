@@ -386,7 +386,8 @@ def dtensors() -> None:
             (loss * 0.5).backward()
             torch.testing.assert_close(loss.full_tensor(), expected, rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(mine.grad.full_tensor(), wanted, rtol=1e-4, atol=1e-7)
-    wrong = torch.full((N,), 0.5, device=ranks.device()).index_fill(0, torch.tensor([N - 1]), -0.5)
+    wrong = torch.full((N,), 0.5, device=ranks.device())
+    wrong[-1] = -0.5
     mine, targets, wrong = (distribute_tensor(x, mesh, [Shard(0)]) for x in (logits, labels, wrong))
     if ranks.device() == "cpu":
         with pytest.raises(ValueError, match="^alpha: expected finite numbers >= 0, got -0.5"):
