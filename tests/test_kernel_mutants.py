@@ -103,7 +103,7 @@ MASKS = [
         "(columns >= row.start) & (columns < row.stop)",
         "(columns >= row.start) & (columns <= row.stop)",
     ),
-    ("state.py", "while first + 4 * TILE <= last:", "while first + 3 * TILE <= last:"),
+    ("state.py", "while first + TURN * TILE <= last:", "while first + (TURN - 1) * TILE <= last:"),
     ("edges.py", "tl.where(row.start + lane < first,", "tl.where(row.start + lane <= first,"),
     ("edges.py", "tl.where(lane < 2 * WIDTH, tail,", "tl.where(lane < WIDTH + 1, tail,"),
     ("edges.py", "(row.start + WIDTH - 1) // WIDTH", "row.start // WIDTH"),
