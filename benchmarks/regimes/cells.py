@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import time
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import measures
 import torch
-from texts import CONTEXT, DEVICE, ByteModel, Splits, Text
-from torch import Tensor, nn
+from tasks import BUDGETS, Measured, Rows, parts, task, windows
+from texts import DEVICE, ByteModel, Text, pretraining
+from torch import nn
+from treatments import Treatment, treatment
 
-from deft_kernels import deft_loss, objectives, row_statistics
+from deft_kernels import deft_loss
 
-# dft has neg_prob's gradient (docs/mathematics.md), so its cells would be the same.
-OBJECTIVES: dict[str, Any] = {
-    "nll": "nll",
-    "neg_prob": "neg_prob",
-    "tsallis-0.5": objectives.tsallis(0.5),
-    "eaft": "eaft",
-    "cayley": "cayley",
-    "deft": "deft",
-    "deft-order-1": objectives.deft(1),
-}
-BINS = 15  # of confidence, for the calibration error
+WRITTEN = 40  # samples of art that a model writes
 
 
 class Cell(NamedTuple):
@@ -32,10 +28,24 @@ class Cell(NamedTuple):
     rate: float
     seed: int
     split: str  # that it is measured on: validation to choose a rate, test for the result
+    optimizer: str = "adamw"
 
     @property
     def name(self) -> str:
-        return f"{self.split}-{self.task}-{self.objective}-{self.rate:g}-{self.seed}"
+        end = "" if self.optimizer == "adamw" else f"-{self.optimizer}"
+        return f"{self.split}-{self.task}-{self.objective}-{self.rate:g}-{self.seed}{end}"
+
+
+class Size(NamedTuple):
+    """What decides a cell's numbers besides the cell."""
+
+    pretrain: int = 2000
+    steps: float = 1.0  # times the task's budget
+    windows: int = 128  # that are measured
+    scale: int = 1  # of the model: width, heads and depth; the rates are divided by it
+
+    def model(self) -> ByteModel:
+        return ByteModel(64 * self.scale, 2 * self.scale, 4 * self.scale).to(DEVICE)
 
 
 def write(path: Path, content: str) -> None:
@@ -45,76 +55,6 @@ def write(path: Path, content: str) -> None:
     os.replace(beside, path)
 
 
-def batch(text: Text, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    inputs, labels, _ = text.windows(
-        torch.randint(len(text.inputs) - CONTEXT + 1, (size,), generator=generator)
-    )
-    return inputs, labels
-
-
-def train(model: ByteModel, text: Text, objective: Any, rate: float, seed: int, steps: int) -> list[Any]:
-    """Fine-tune in place; (step, mean alpha, mean p) of the training tokens at ten points."""
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.98), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, rate, total_steps=steps + 1, pct_start=0.05, cycle_momentum=False
-    )
-    points = []
-    for step in range(1, steps + 1):
-        inputs, labels = batch(text, 8, generator)
-        loss, stats = deft_loss(model(inputs), labels, objective=objective, return_stats=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        if step == 1 or step % max(1, steps // 10) == 0:
-            points.append((step, stats.collision.mean().item(), stats.logp.exp().mean().item()))
-    return points
-
-
-@torch.no_grad()
-def rows(model: ByteModel, text: Text, windows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-log p, top-1, largest p and alpha of the tokens of evenly spaced windows, each [tokens]."""
-    parts: list[Any] = []
-    for starts in torch.linspace(0, len(text.inputs) - CONTEXT, windows).long().split(32):
-        inputs, labels, _ = text.windows(starts)
-        stats = row_statistics(model(inputs), labels)
-        correct, most = stats.correct.float(), stats.max_prob
-        parts.append([x.flatten().cpu() for x in (-stats.logp, correct, most, stats.collision)])
-    nll, correct, most, alpha = (torch.cat(x) for x in zip(*parts, strict=True))
-    return nll, correct, most, alpha
-
-
-def calibration_error(confidence: Tensor, correct: Tensor) -> float:
-    """The expected calibration error, over bins of equal width."""
-    at = (confidence * BINS).long().clamp(max=BINS - 1)
-    gap = torch.zeros(BINS).index_add_(0, at, confidence - correct)
-    return (gap.abs().sum() / len(at)).item()
-
-
-def run(cell: Cell, base: ByteModel, data: Splits, before: Text, steps: int, windows: int) -> dict[str, Any]:
-    """Fine-tune the base model, which becomes the fine-tuned one, and measure it."""
-    held_out = getattr(data, cell.split)
-    nll_before = rows(base, held_out, windows)[0]
-    known_before = rows(base, before, windows)[0].mean().item()
-    course = train(base, data.train, OBJECTIVES[cell.objective], cell.rate, cell.seed, steps)
-    nll, correct, most, alpha = rows(base, held_out, windows)
-    p_before, p = (-nll_before).exp(), (-nll).exp()
-    return {
-        **cell._asdict(),
-        "nll": nll.mean().item(),
-        "top1": 100 * correct.mean().item(),
-        "calibration_error": calibration_error(most, correct),
-        "alpha": alpha.mean().item(),
-        "p": p.mean().item(),
-        "learned": 100 * ((p_before < 0.5) & (p >= 0.5)).float().mean().item(),
-        "forgotten": 100 * ((p_before >= 0.5) & (p < 0.5)).float().mean().item(),
-        "pretraining_nll_rise": rows(base, before, windows)[0].mean().item() - known_before,
-        "course": course,
-    }
-
-
 def read(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
@@ -122,14 +62,117 @@ def read(path: Path) -> dict[str, Any]:
         raise SystemExit(f"{path}: no JSON ({error}); remove it, and the cell is run again") from error
 
 
-def base_model(folder: Path, text: Text, steps: int) -> dict[str, Any]:
-    """The weights after pre-training with cross-entropy, from disk if they are there."""
+def optimizer_of(model: ByteModel, name: str, rate: float) -> torch.optim.Optimizer:
+    if name == "sgd":
+        return torch.optim.SGD(model.parameters(), rate, momentum=0.9)
+    return torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.98), weight_decay=0.05)
+
+
+def train(model: ByteModel, draw: Any, treat: Treatment, cell: Cell, steps: int) -> list[Any]:
+    """Fine-tune in place; [step, mean alpha, p, gate] of the labels since the last of ten points."""
+    generator = torch.Generator().manual_seed(cell.seed)
+    optimizer = optimizer_of(model, cell.optimizer, cell.rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, cell.rate, total_steps=steps + 1, pct_start=0.05, cycle_momentum=False
+    )
+    points, pending = [], []
+    for step in range(1, steps + 1):
+        rows: list[Rows] = draw(generator)
+        logits = torch.cat([model(part.inputs).flatten(0, 1) for part in rows])
+        labels = torch.cat([part.labels.flatten() for part in rows])
+        counts = labels != -100
+        if not counts.all():
+            logits, labels = logits[counts], labels[counts]
+        objective = treat(logits, labels, (step - 1) / steps)
+        loss, stats = deft_loss(logits, labels, objective=objective, return_stats=True)
+        loss.backward()
+        # Under SGD the scale of the gate's gradients is what is asked about, which clipping would hide.
+        if cell.optimizer != "sgd":
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        pending.append(torch.stack([stats.collision.mean(), stats.logp.exp().mean(), stats.gate.mean()]))
+        if step == 1 or step % max(1, steps // 10) == 0:
+            points.append([step, *(round(x, 5) for x in torch.stack(pending).mean(0).tolist())])
+            pending.clear()
+    return points
+
+
+@lru_cache(maxsize=4)
+def known(number: int) -> list[Rows]:
+    return windows(pretraining(), number)
+
+
+@lru_cache(maxsize=2)
+def measured(name: str, split: str, number: int) -> dict[str, Measured]:
+    """The same for every seed, as only training labels are ever wrong."""
+    return task(name, 0).measured(split, number, WRITTEN if split == "test" else 0)
+
+
+@lru_cache(maxsize=4)
+def before(folder: Path, size: Size, name: str) -> tuple[dict[str, measures.Seen], float]:
+    """The base model on what is tested, and on its own text."""
+    model = load(folder, size)
+    found = {what: measures.seen(model, m.rows) for what, m in measured(name, "test", size.windows).items()}
+    return found, measures.seen(model, known(size.windows)).nll.mean().item()
+
+
+def run(cell: Cell, folder: Path, size: Size) -> dict[str, Any]:
+    """Fine-tune the base model and measure it."""
+    begin = time.perf_counter()
+    model, data = load(folder, size), task(cell.task, cell.seed)
+    steps, each = BUDGETS[cell.task]
+    steps = max(3, round(steps * size.steps))
+    course = train(model, lambda g: data.batch(each, g), treatment(cell.objective), cell, steps)
+    made: dict[str, Any] = {**cell._asdict(), "course": course, "measured": {}}
+    tuned = measured(cell.task, "validation", size.windows)
+    if cell.split == "validation":
+        made["measured"] = {part: measures.quick(model, what) for part, what in tuned.items()}
+    else:
+        first, loss_before = before(folder, size, cell.task)
+        temperatures = {part: measures.seen(model, what.rows, scaled=True) for part, what in tuned.items()}
+        for part, what in measured(cell.task, "test", size.windows).items():
+            own = temperatures[part.partition(",")[0]]
+            made["measured"][part] = measures.whole(model, what, first[part], own)
+        rise = measures.seen(model, known(size.windows)).nll.mean().item() - loss_before
+        made["pretraining_nll_rise"] = rise
+    made["top1"] = sum(made["measured"][part]["top1"] for part in parts(cell.task)) / len(parts(cell.task))
+    made["seconds"] = time.perf_counter() - begin
+    return rounded(made)
+
+
+def rounded(what: Any) -> Any:
+    """Six digits are more than any of it means; a number that is none is null, as JSON has no NaN."""
+    if isinstance(what, dict):
+        return {name: rounded(x) for name, x in what.items()}
+    if isinstance(what, list):
+        return [rounded(x) for x in what]
+    if isinstance(what, float):
+        return float(f"{what:.6g}") if math.isfinite(what) else None
+    return what
+
+
+def pretrain(folder: Path, size: Size) -> None:
+    """Leave the weights after pre-training with cross-entropy in the folder, unless they are there."""
     path = folder / "base.pt"
-    if not path.exists():
-        torch.manual_seed(0)
-        model = ByteModel().to(DEVICE)
-        train(model, text, "nll", 5e-3, 0, steps)
-        beside = path.with_name("base.pt.part")
-        torch.save(model.state_dict(), beside)
-        os.replace(beside, path)
-    return torch.load(path, map_location=DEVICE, weights_only=True)
+    if path.exists():
+        return
+    torch.manual_seed(0)
+    model, text = size.model(), pretraining()
+    cell = Cell("pretraining", "nll", 5e-3 / size.scale, 0, "train")
+    train(model, lambda g: [drawn(text, g)], treatment("nll"), cell, size.pretrain)
+    beside = path.with_name("base.pt.part")
+    torch.save(model.state_dict(), beside)
+    os.replace(beside, path)
+
+
+def drawn(text: Text, generator: torch.Generator) -> Rows:
+    starts = torch.randint(len(text.inputs) - 127, (8,), generator=generator)
+    return Rows(*text.windows(starts)[:2])
+
+
+def load(folder: Path, size: Size) -> ByteModel:
+    model = size.model()
+    model.load_state_dict(torch.load(folder / "base.pt", map_location=DEVICE, weights_only=True))
+    return model

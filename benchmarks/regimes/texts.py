@@ -1,8 +1,9 @@
-"""The tasks: bytes to fine-tune on, to choose a learning rate on, and to test on. No file is in two of them.
+"""Bytes to fine-tune on, to choose a learning rate on, and to test on. No file is in two of them.
 
 strong-N: packages of the standard library, not seen in pre-training; N % of the training labels replaced.
-intermediate: C headers of the interpreter. cipher: the packages again, with printable bytes permuted; every
-byte has been seen in pre-training, but none where the model expects it, so the task is weak.
+intermediate: C headers of the interpreter, near to what was seen in signs, far in words (FIGlet art is not:
+its blanks look familiar and its ink does not). cipher: the packages again, with printable bytes permuted;
+every byte has been seen in pre-training, but none where the model expects it, so the task is weak.
 """
 
 from __future__ import annotations
@@ -18,9 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "docs" / "examples"))
 from finetune import CONTEXT, DEVICE, ByteModel, Text, read, standard_library
 
-__all__ = ["CONTEXT", "DEVICE", "TASKS", "ByteModel", "Splits", "Text", "pretraining", "splits"]
-
-TASKS = ("strong-0", "strong-10", "strong-30", "intermediate", "cipher")
+__all__ = ["CONTEXT", "DEVICE", "ByteModel", "Splits", "Text", "pretraining", "splits"]
 
 
 class Splits(NamedTuple):

@@ -122,7 +122,7 @@ class ByteModel(nn.Module):
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
             x = self.embedding(tokens)
             x = x + self.recent(F.pad(x.transpose(1, 2), (self.reach - 1, 0))).transpose(1, 2)
-            return self.head(self.norm(self.blocks(x + self.position)))
+            return self.head(self.norm(self.blocks(x + self.position[: tokens.shape[1]])))
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, None]:
