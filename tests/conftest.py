@@ -26,6 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--ptx", choices=emulation.CHOICES,
         help="compute capability of the emulated GPU (90), or the interpreter, also by TRITON_INTERPRET=1",
     )  # fmt: skip
+    parser.addoption("--everything", action="store_true", help="also what takes minutes and differs little")
     group.addoption("--ptx-order", choices=("lockstep", "warps", "ctas"), default="lockstep")
     group.addoption("--ptx-seed", type=int, default=0, help="of the order and the noise")
     group.addoption("--ptx-noise", choices=("exact", "hash", "up", "down"), default="exact",

@@ -51,7 +51,7 @@ def assert_lean(records: list[dict]) -> None:
 
 
 def every(arch: str) -> list[tuple[str, ...]]:
-    """What is compiled for every GPU, as (kernel, objective, dtype, arch, options)."""
+    """All that changes the code, as (kernel, objective, dtype, arch, options)."""
     stored = ("statistics-stored", "combine", "finish")
     return [
         *product(("statistics",), OBJECTIVES, ("bf16",), (arch,), ("",)),
@@ -62,16 +62,34 @@ def every(arch: str) -> list[tuple[str, ...]]:
     ]
 
 
+def largest(arch: str) -> list[tuple[str, ...]]:
+    """Those that hold most registers: all options at once, and the loops with and without entropy."""
+    return [
+        *product(KERNELS, ("statistics",), ("bf16", "fp32"), (arch,), (OPTIONS,)),
+        *product(("fused",), ("deft", "eaft"), ("bf16",), (arch,), ("", "narrow")),
+        *product(("statistics", "gradient"), ("eaft",), ("bf16",), (arch,), ("",)),
+    ]
+
+
 ONES = [*product(KERNELS, ("deft", "deft-max-exact"), ("bf16",), ("90",), ("ones", f"ones,{OPTIONS}"))]
 # What the budgets ask for and `every` leaves out.
 BUDGETED = [("fused", "eaft", "bf16", "90", ""), ("gradient", "statistics-without-max", "bf16", "90", "")]
 
 
+def wanted(arch: str, everything: bool) -> list[tuple[str, ...]]:
+    return [*dict.fromkeys([*every(arch), *largest(arch)])] if everything or arch == "90" else largest(arch)
+
+
 @pytest.fixture(scope="module")
-def compiled() -> list[dict]:
+def everything(request: pytest.FixtureRequest) -> bool:
+    return request.config.getoption("--everything")
+
+
+@pytest.fixture(scope="module")
+def compiled(everything: bool) -> list[dict]:
     """Reports of all variants: one process imports PyTorch and Triton, and its forks compile, one a core."""
-    variants = [variant for arch in ARCHITECTURES for variant in every(arch)]
-    return compile_ahead([*variants, *ONES, *BUDGETED])
+    variants = [variant for arch in ARCHITECTURES for variant in wanted(arch, everything)]
+    return compile_ahead(list(dict.fromkeys([*variants, *ONES, *BUDGETED])))
 
 
 def chosen(compiled: list[dict], variants: list[tuple[str, ...]]) -> list[dict]:
@@ -85,9 +103,9 @@ def chosen(compiled: list[dict], variants: list[tuple[str, ...]]) -> list[dict]:
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_no_spills_and_no_stack(arch: str, compiled: list[dict]) -> None:
+def test_no_spills_and_no_stack(arch: str, everything: bool, compiled: list[dict]) -> None:
     """Every objective, every form of the gradient, and every option at once, in 2 and 4 bytes."""
-    assert_lean(chosen(compiled, every(arch)))
+    assert_lean(chosen(compiled, wanted(arch, everything)))
 
 
 def test_integers_that_are_one(compiled: list[dict]) -> None:

@@ -19,8 +19,6 @@ from treatments import Treatment, treatment
 
 from deft_kernels import deft_loss
 
-WRITTEN = 40  # samples of art that a model writes
-
 
 class Cell(NamedTuple):
     task: str
@@ -42,6 +40,7 @@ class Size(NamedTuple):
     pretrain: int = 2000
     steps: float = 1.0  # times the task's budget
     windows: int = 128  # that are measured
+    written: int = 40  # samples of art that a model writes
     scale: int = 1  # of the model: width, heads and depth; the rates are divided by it
 
     def model(self) -> ByteModel:
@@ -105,16 +104,16 @@ def known(number: int) -> list[Rows]:
 
 
 @lru_cache(maxsize=2)
-def measured(name: str, split: str, number: int) -> dict[str, Measured]:
+def measured(name: str, split: str, size: Size) -> dict[str, Measured]:
     """The same for every seed, as only training labels are ever wrong."""
-    return task(name, 0).measured(split, number, WRITTEN if split == "test" else 0)
+    return task(name, 0).measured(split, size.windows, size.written if split == "test" else 0)
 
 
 @lru_cache(maxsize=4)
 def before(folder: Path, size: Size, name: str) -> tuple[dict[str, measures.Seen], float]:
     """The base model on what is tested, and on its own text."""
     model = load(folder, size)
-    found = {what: measures.seen(model, m.rows) for what, m in measured(name, "test", size.windows).items()}
+    found = {what: measures.seen(model, m.rows) for what, m in measured(name, "test", size).items()}
     return found, measures.seen(model, known(size.windows)).nll.mean().item()
 
 
@@ -126,13 +125,13 @@ def run(cell: Cell, folder: Path, size: Size) -> dict[str, Any]:
     steps = max(3, round(steps * size.steps))
     course = train(model, lambda g: data.batch(each, g), treatment(cell.objective), cell, steps)
     made: dict[str, Any] = {**cell._asdict(), "course": course, "measured": {}}
-    tuned = measured(cell.task, "validation", size.windows)
+    tuned = measured(cell.task, "validation", size)
     if cell.split == "validation":
         made["measured"] = {part: measures.quick(model, what) for part, what in tuned.items()}
     else:
         first, loss_before = before(folder, size, cell.task)
         temperatures = {part: measures.seen(model, what.rows, scaled=True) for part, what in tuned.items()}
-        for part, what in measured(cell.task, "test", size.windows).items():
+        for part, what in measured(cell.task, "test", size).items():
             own = temperatures[part.partition(",")[0]]
             made["measured"][part] = measures.whole(model, what, first[part], own)
         rise = measures.seen(model, known(size.windows)).nll.mean().item() - loss_before

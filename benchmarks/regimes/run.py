@@ -79,7 +79,7 @@ QUICK = (
     ),
 )
 TINY = (
-    Size(pretrain=4, steps=0.005, windows=4),
+    Size(pretrain=4, steps=0.005, windows=4, written=2),
     Plan(rates=(1e-3, 3e-3), beyond=(), seeds=2, more_seeds=2, sgd_rates=(0.1,)),
 )
 
@@ -174,7 +174,7 @@ class Runner:
         """Where gradients would come from before the first step, task by task."""
         model = load(self.folder, self.size)
         for task in self.plan.tasks:
-            for part, what in measured(task, "test", self.size.windows).items():
+            for part, what in measured(task, "test", self.size).items():
                 if part == task:
                     base_recording(model, what.rows).save(self.folder / f"base-{task}.npz")
 
