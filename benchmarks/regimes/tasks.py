@@ -16,7 +16,7 @@ ART = ("cells", "ascii")
 MIXED = {"strong-30": 4, "cells": 26}  # windows and samples a step: 512 labels and 546
 TASKS = (*TEXTS, *ART, "mixed")
 # (steps, windows or samples a step), at the default size
-BUDGETS = {"cells": (300, 16), "ascii": (500, 16), "mixed": (400, 0)} | dict.fromkeys(TEXTS, (600, 8))
+BUDGETS = {"cells": (300, 16), "ascii": (500, 8), "mixed": (400, 0)} | dict.fromkeys(TEXTS, (600, 8))
 
 
 class Rows(NamedTuple):
