@@ -149,7 +149,7 @@ def page(r: Results, recordings: dict[str, Recording], images: Path, prefix: str
             seeds=seeds,
             device=head["device"],
             torch=head["versions"]["torch"],
-            minutes=head["core_minutes"],
+            minutes=round(r.core_minutes()),
             commit=head["commit"],
         ),
         "## Top-1 against cross-entropy\n",

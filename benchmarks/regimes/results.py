@@ -47,6 +47,14 @@ class Results:
     def tasks(self) -> list[str]:
         return list(dict.fromkeys(task for task, _ in self.cells))
 
+    def core_minutes(self) -> float:
+        """Of all cells, by what those of their task whose results are kept took of a core."""
+        seconds: dict[str, list[float]] = {}
+        for (task, _), records in self.cells.items():
+            seconds.setdefault(task, []).extend(record["seconds"] for record in records)
+        each = {task: statistics.mean(values) for task, values in seconds.items()}
+        return sum(each[record["task"]] for record in self.records) / 60
+
     def parts(self) -> list[str]:
         found: dict[str, None] = {}
         for task in self.tasks:

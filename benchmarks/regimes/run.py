@@ -187,7 +187,6 @@ def whole(runner: Runner, records: list[dict[str, Any]]) -> str:
         "device": machine.device_name() if DEVICE.type == "cuda" else f"{machine.device_name()} a process",
         "versions": machine.versions(),
         "commit": machine.commit(),
-        "core_minutes": round(sum(r["seconds"] for r in records) / 60, 1),
     }
     lines = ",\n".join(json.dumps(r, separators=(",", ":")) for r in records)
     return json.dumps(head, indent=1)[:-2] + f',\n "records": [\n{lines}\n]\n}}\n'
