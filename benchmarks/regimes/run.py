@@ -6,7 +6,7 @@
     python benchmarks/regimes/run.py OUT --tiny       # seconds, to see it run; learns nothing
 
 The learning rate of each objective and task is chosen by top-1 on validation data, with a seed of its own,
-from one grid, which goes one rate further where the best is at its edge; the result is on test data, over
+from one grid, which goes further where the best is at its edge; the result is on test data, over
 several seeds. OUT has one JSON file a finished cell: after a kill the same command goes on, and ends with
 the same numbers. Then it writes OUT/records.json, from which `python benchmarks/regimes/evidence.py` writes
 docs/evidence.md.
@@ -50,7 +50,7 @@ class Plan(NamedTuple):
     objectives: tuple[str, ...] = tuple(OBJECTIVES)
     remedies: tuple[str, ...] = tuple(REMEDIES)  # of what deft does on ascii
     rates: tuple[float, ...] = (1e-3, 3e-3, 6e-3)
-    beyond: tuple[float, ...] = (3e-4, 1.2e-2)  # tried where the best is at the grid's edge
+    beyond: tuple[float, ...] = (3e-4, 1.2e-2, 2.4e-2)  # tried while the best is the last on a side
     seeds: int = 3
     more_seeds: int = 5
     sgd_tasks: tuple[str, ...] = ("strong-0",)  # do best rates move where no optimizer divides by the scale?
@@ -82,6 +82,13 @@ TINY = (
     Size(pretrain=4, steps=0.005, windows=4, written=2),
     Plan(rates=(1e-3, 3e-3), beyond=(), seeds=2, more_seeds=2, sgd_rates=(0.1,)),
 )
+
+
+def further(best: float, known: list[float], beyond: list[float]) -> list[float]:
+    """The rates that lie beyond the best, the next one first, where it is the last one known on a side."""
+    if best == max(known):
+        return sorted(rate for rate in beyond if rate > best)
+    return sorted((rate for rate in beyond if rate < best), reverse=True) if best == min(known) else []
 
 
 def began() -> None:
@@ -133,14 +140,19 @@ class Runner:
         if len(grid) == 1:
             return dict.fromkeys(pairs, grid[0]), []
         tried = self.all((Cell(*p, rate, GRID_SEED, "validation") for p in pairs for rate in grid), "rates")
-        edges = {
-            min(grid): [r for r in beyond if r < min(grid)],
-            max(grid): [r for r in beyond if r > max(grid)],
-        }
-        best = self.best(tried)
-        more = [Cell(*p, rate, GRID_SEED, "validation") for p in pairs for rate in edges.get(best[p], [])]
-        tried += self.all(more, "edges") if more else []
-        return self.best(tried), tried
+        while True:
+            best = self.best(tried)
+            known = {
+                pair: [r["rate"] for r in tried if (r["task"], r["objective"]) == pair] for pair in pairs
+            }
+            more = [
+                Cell(*pair, following[0], GRID_SEED, "validation")
+                for pair in pairs
+                if (following := further(best[pair], known[pair], beyond))
+            ]
+            if not more:
+                return best, tried
+            tried += self.all(more, "edges")
 
     def best(self, tried: list[dict[str, Any]]) -> dict[tuple[str, str], float]:
         found: dict[tuple[str, str], dict[str, Any]] = {}
