@@ -115,6 +115,14 @@ def test_calibration_error(part: Any) -> None:
     assert measures.calibration_error(confidence, correct) == pytest.approx(0.35, abs=1e-6)
 
 
+def test_the_grid_goes_on_at_its_edges(part: Any) -> None:
+    further, beyond = part("run").further, [3e-4, 1.2e-2, 2.4e-2]
+    assert further(6e-3, [1e-3, 3e-3, 6e-3], beyond) == [1.2e-2, 2.4e-2]
+    assert further(1.2e-2, [1e-3, 6e-3, 1.2e-2], beyond) == [2.4e-2]
+    assert further(1e-3, [1e-3, 3e-3, 6e-3], beyond) == [3e-4]
+    assert further(3e-3, [1e-3, 3e-3, 6e-3], beyond) == further(2.4e-2, [6e-3, 2.4e-2], beyond) == []
+
+
 def test_rates_and_their_moves(part: Any) -> None:
     rates = part("rates")
     made = [rates.Rate("a", str(i), gate, rate, rate, False) for i, (gate, rate) in
