@@ -265,6 +265,11 @@ outside of the loops, in `benchmarks/results/compiled/model.json`), and what the
   instructions are added to the time of its loads.
 - A launch ends with half of the places empty, on average.
 
+The last column, in copies: *memory*, the bytes at a copy's bandwidth; *issue*, the instructions; *alone 1.65
+of 3*, a program by itself would take 1.65, and three share a multiprocessor. Predicted is the largest of
+memory, issue and 1.65 / 3, times *waves*, the factor for the launch's end. Other words are in the
+[glossary](kernels.md#glossary).
+
 The {kept:.0f} MB were counted on an H200; the latency is a guess; the number of waits is counted in the
 code. None was fitted to the times below. This program was written after the first measurements. What was
 predicted by hand before each of them is in [kernels.md](kernels.md). Where the error is large, the model

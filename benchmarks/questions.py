@@ -34,8 +34,9 @@ EAGER = "DEFT in PyTorch"
 QUESTIONS = (
     Question(
         "What does it cost beside cross-entropy?", "cross-entropy", "losses.json", "ms",
-        "Time of forward and backward over logits, ours over theirs: below 1 is faster than what it\n"
-        "replaces. In place means that the gradient takes the logits' memory and is made in the forward.",
+        "Time of forward and backward over logits, `deft_loss` over theirs: below 1 is faster than what it\n"
+        "replaces. In place means that the gradient takes the logits' memory and is made in the forward\n"
+        "(`inplace=True, grad_in_forward=True`); default is without both. Compiled is by `torch.compile`.",
         (
             Ratio("default / F.cross_entropy", DEFAULT, CROSS_ENTROPY),
             Ratio("default / F.cross_entropy, compiled", DEFAULT, COMPILED),
@@ -45,18 +46,21 @@ QUESTIONS = (
     ),
     Question(
         "What does it save beside DEFT in eager PyTorch?", "eager", "losses.json", "ms",
-        "Time of forward and backward, `deft_loss` over the same loss in a few lines of PyTorch.",
+        "Time of forward and backward, `deft_loss` over the same loss in a few lines of PyTorch: as they\n"
+        "are (eager) and by `torch.compile` (compiled).",
         (
             Ratio("default / eager", DEFAULT, EAGER),
-            Ratio("default / compiled", DEFAULT, f"{EAGER}, compiled"),
+            Ratio("default / eager, compiled", DEFAULT, f"{EAGER}, compiled"),
             Ratio("in place / eager", IN_PLACE, EAGER),
         ),
     ),
     Question(
         "And beside fused heads?", "heads", "linear.json", "ms",
-        "Time of forward and backward from hidden states, `fused_linear_deft_loss` over theirs, and over\n"
-        "its three matrix products alone, which are the floor. Liger's head trains cross-entropy. PyTorch's\n"
-        "own fused head, `F.linear_cross_entropy`, is not in these records.",
+        "A fused head takes hidden states and the output layer's weight, and makes no whole logits. Time of\n"
+        "forward and backward, `fused_linear_deft_loss` with deft over theirs, and over its three matrix\n"
+        "products alone, which are the floor. A shape here is tokens x hidden size x words. Liger's head\n"
+        "trains cross-entropy. \"TRL's head and DEFT\" is what `trl.apply` trains. PyTorch's own fused\n"
+        "head, `F.linear_cross_entropy`, is not in these records.",
         (
             Ratio("deft / the products alone", "deft", "products"),
             Ratio("deft / logits and F.cross_entropy", "deft", "F.linear, F.cross_entropy"),
@@ -103,7 +107,8 @@ def asked(question: Question, results: Path) -> dict[str, list[float | None]]:
                     for ratio in question.ratios
                 ]
                 if any(number is not None for number in numbers):
-                    found[f"{whole['device']}, {dtype}, {n:,} x {v:,}"] = numbers
+                    hidden = next((f"{r['d']:,} x " for r in chosen if "d" in r), "")
+                    found[f"{whole['device']}, {dtype}, {n:,} x {hidden}{v:,}"] = numbers
     return found
 
 

@@ -30,8 +30,9 @@ INTRODUCTION = f"""\
 
 {WRITTEN}
 Every number here is a ratio within one record: all contestants took turns in one process, and each time is
-the median of the rounds. Of several numbers of rows it is the largest, or the one that the
-vocabularies share. At smaller ones a ratio may be above 1: [all measurements]({{tables}}) has them, with
+the median of the rounds. A shape such as 4,096 x 32,000 is tokens x words of the vocabulary; of each
+vocabulary one number of tokens is shown, the one that most vocabularies were measured with or else the
+largest. With fewer tokens a ratio may be above 1: [all measurements]({{tables}}) has them, with
 every time, machine, version and command.
 """
 

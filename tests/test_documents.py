@@ -43,7 +43,7 @@ ALONE = {
 # By tests/test_recipes.py.
 RECIPES = {"docs/recipes.md": (0, 1, 2, 3, 4, 5, 6)}
 # By tests/test_diagnostics_docs.py; a block over a trainer by tests/integrations.
-DIAGNOSTICS = {"docs/diagnostics.md": (0, 1, 2, 3, 4, 5)}
+DIAGNOSTICS = {"docs/diagnostics.md": (0, 1, 2, 3, 4)}
 ON_RANKS = {"docs/start.md": (2,), "docs/parallel.md": (0, 1, 2, 3)}
 # By tests/test_adding_an_objective.py: blocks of `diff`, and a command that runs where they were applied.
 FOLLOWED = "docs/objectives.md"

@@ -56,7 +56,14 @@ ALPHAS: dict[str, Callable[..., Tensor]] = {
     "alpha = sum p^2": lambda s: s.collision,
     "alpha = exp(-H)": lambda s: (-s.entropy).exp(),
     "alpha = max p": lambda s: s.max_prob,
+    "alpha = f + (1 - f) p / (2 - p)": lambda s: focus_of_cayley(s.logp.exp()),
 }
+
+
+def focus_of_cayley(p: Tensor) -> Tensor:
+    """f is half the batch's mean p."""
+    f = p.mean() / 2
+    return f + (1 - f) * p / (2 - p)
 
 
 def rows_of_the_table() -> list[tuple[str, str, str]]:

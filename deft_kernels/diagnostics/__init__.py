@@ -4,7 +4,8 @@
     recorder.add(stats, labels)                         # each step, with the statistics that the loss made
     recorder.save("run.npz")                            # at the end; Recording.load("run.npz") reads it
 
-The module `figures` draws; it needs `pip install "deft-kernels[diagnostics]"`, the rest does not.
+The module `figures` draws; it needs matplotlib, and the report also tqdm: the extra `diagnostics`. The rest
+needs neither.
 """
 
 from .gates import DEFAULT as OBJECTIVES

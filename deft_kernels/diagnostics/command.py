@@ -62,7 +62,7 @@ def report(given: argparse.Namespace) -> None:
     try:
         from tqdm import tqdm
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError('tqdm: pip install "deft-kernels[diagnostics]"') from error
+        raise ModuleNotFoundError("tqdm: the report needs it; pip install tqdm") from error
 
     renamed = dict(_renamed(entry) for entry in given.tensor)
     rows = Rows.of(find(given.files, renamed), ignore_index=given.ignore_index, shift=given.shift)

@@ -1,6 +1,6 @@
 """Figures of a recording; each takes a recording and a matplotlib axis and returns the axis.
 
-matplotlib is imported when a figure is made: `pip install "deft-kernels[diagnostics]"`. The ground is white
+matplotlib is imported when a figure is made (the extra `diagnostics`). The ground is white
 and the ink dark whatever page a figure is put on. Colours: Okabe and Ito's, and viridis, which the
 colour-blind can tell apart. `CAPTIONS` says what to read from each.
 """
@@ -145,7 +145,7 @@ def blank(width: float = 6.0, height: float = 4.0) -> Figure:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            'matplotlib: figures need it; pip install "deft-kernels[diagnostics]"', name=error.name
+            "matplotlib: figures need it; pip install matplotlib tqdm", name=error.name
         ) from error
     return Figure(figsize=(width, height), layout="constrained", facecolor="white")
 

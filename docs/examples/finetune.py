@@ -1,7 +1,8 @@
 """Fine-tune a small language model on partly wrong labels, with cross-entropy and with DEFT, and compare.
 
-    python docs/examples/finetune.py               # about two minutes on a CPU; uses a GPU if present
+    python docs/examples/finetune.py               # two to three minutes on a CPU; uses a GPU if present
     python docs/examples/finetune.py --corrupt 0   # what DEFT gains or costs when every label is right
+    python docs/examples/finetune.py --logits logits.npz   # for the report of docs/diagnostics.md
 
 A byte-level transformer learns Python from the standard library of the interpreter that runs it:
 
@@ -35,6 +36,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
@@ -159,6 +161,13 @@ def evaluate(model: ByteModel, text: Text, windows: int) -> Score:
     return Score(*torch.cat(scores, -1))
 
 
+@torch.no_grad()
+def save_logits(model: ByteModel, text: Text, path: Path, windows: int = 96) -> None:
+    """logits [windows, CONTEXT, VOCABULARY] and labels [windows, CONTEXT], spread evenly over the text."""
+    inputs, labels, _ = text.windows(torch.linspace(0, len(text.inputs) - CONTEXT, windows).long())
+    np.savez(path, logits=model(inputs).float().cpu().numpy(), labels=labels.cpu().numpy())
+
+
 class Run(NamedTuple):
     name: str
     steps: list[int]  # at which it was tested; 0 comes first
@@ -251,6 +260,9 @@ def main() -> None:
     parser.add_argument("--pretrain-steps", type=int, default=2000, help="default: 2000")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("finetune.png"), help="default: finetune.png")
+    parser.add_argument(
+        "--logits", type=Path, help="an .npz for the pretrained model's logits of held-out text"
+    )
     parser.add_argument("--tiny", action="store_true", help="a few seconds, to see it run; learns nothing")
     args = parser.parse_args()
     pretrain_steps, steps, windows = (20, 10, 16) if args.tiny else (args.pretrain_steps, args.steps, 192)
@@ -267,6 +279,8 @@ def main() -> None:
 
     base = ByteModel().to(DEVICE)
     before = run("pretraining", base, cross_entropy, clean, pretrain_steps, PRETRAIN_LR)
+    if args.logits:
+        save_logits(base, unseen, args.logits)
     plain = run("cross-entropy", copy.deepcopy(base), cross_entropy, noisy, steps, FINETUNE_LR)
     ours = run(args.objective, copy.deepcopy(base), gated(args.objective), noisy, steps, FINETUNE_LR)
 
@@ -278,6 +292,8 @@ def main() -> None:
     print(f"{args.objective}'s mean gate in training: {right:.3f} at right labels{at_wrong}")
     plot(plain, ours, args.corrupt, args.out)
     print(f"curves: {args.out}")
+    if args.logits:
+        print(f"logits before fine-tuning: {args.logits}")
 
 
 if __name__ == "__main__":
