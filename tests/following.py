@@ -42,8 +42,8 @@ def _change(paths: list[str], block: str) -> Change:
     return Change(homes[0], before, after)
 
 
-def copied(folder: Path) -> Path:
-    for name in COPIED:
+def copied(folder: Path, more: tuple[str, ...] = ()) -> Path:
+    for name in (*COPIED, *more):
         source = ROOT / name
         if source.is_dir():
             shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
