@@ -53,7 +53,7 @@ def differences(results: Results) -> Any:
                 label = objective if place == 0 else None
                 axis.plot(gap.mean, height, marker, color=colour, ms=8, label=label)
     near.set(xlim=(-4.5, 4.5), xlabel="top-1 above that of nll, points")
-    far.set(xlim=(-90, 6), xlabel="the same, far out")
+    far.set(xlim=(-45, 6), xlabel="the same, far out")
     near.set_yticks(range(len(parts)), parts)
     near.invert_yaxis()
     for axis in (near, far):
