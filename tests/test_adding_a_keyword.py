@@ -14,7 +14,7 @@ from following import changes, copied, follow
 
 PAGE = "docs/keyword.md"
 # What tests/test_release.py reads besides.
-MORE = ("CHANGELOG.md", "CITATION.cff", "setup.cfg")
+MORE = ("CHANGELOG.md", "CITATION.cff", "setup.cfg", ".github", ".ci")
 
 
 def run(folder: Path, line: str) -> subprocess.CompletedProcess[str]:
