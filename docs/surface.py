@@ -9,10 +9,11 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "api.md"
@@ -43,9 +44,11 @@ time. Each docstring (`help(deft_kernels.deft_loss)`) gives the formula, shapes,
 sources.
 
 What a name here promises: arguments before `*` keep their place, keywords keep their names, defaults and
-meaning. A name or keyword that has to go is kept for two minor releases, with a DeprecationWarning that
+meaning. Where a call says nothing of errors, a TypeError or ValueError names the argument that cannot be
+honoured. A name or keyword that has to go is kept for two minor releases, with a DeprecationWarning that
 says what to write instead. New keywords come at the end, with a default that changes nothing. Errors keep
 their types, not their words. A loss may change in its last digits.
+
 """
 
 
@@ -132,6 +135,29 @@ def first_line(value: Any) -> str:
     return "a record" if text.startswith(value.__name__ + "(") else text
 
 
+def returned(value: Any) -> str:
+    """Of a function its annotation, of a module that of its call; aliases written out."""
+    if inspect.isclass(value):
+        value = vars(value).get("forward")
+        if value is None:
+            return ""
+    text = str(getattr(value, "__annotations__", {}).get("return", ""))
+    alias = inspect.unwrap(value).__globals__.get(text) if text.isidentifier() else None
+    written_out = alias if get_args(alias) else None
+    text = re.sub(r"\b(?:\w+\.)+", "", str(written_out)) if written_out else text
+    return f"`{text}`".replace("|", "\\|") if text else ""
+
+
+def errors(value: Any) -> str:
+    """What the docstring says after "Raises:", up to the next word with a colon, or paragraph."""
+    found = re.search(
+        r"Raises: (.*?)(?=\n\s*\n|\s(?:Memory|Source|Communication|Limits|Matrix\s+products):|\Z)",
+        inspect.getdoc(value) or "",
+        flags=re.DOTALL,
+    )
+    return " ".join(found[1].split()).replace("|", "\\|") if found else ""
+
+
 def methods(value: type) -> Iterator[str]:
     for name, member in sorted(vars(value).items()):
         if name.startswith("_") or name in ("forward",) or not inspect.isfunction(member):
@@ -147,8 +173,11 @@ def page() -> str:
             blocks = [definition for _, definition in of_source(name)]
         else:
             found = list(public(importlib.import_module(name)))
-            rows = "".join(f"| `{each}` | {first_line(value)} |\n" for each, value in found)
-            text += f"| name | |\n|---|---|\n{rows}\n"
+            rows = "".join(
+                f"| `{each}` | {first_line(value)} | {returned(value)} | {errors(value)} |\n"
+                for each, value in found
+            )
+            text += f"| name | | returns | raises |\n|---|---|---|---|\n{rows}\n"
             blocks = []
             for each, value in found:
                 blocks += [signature(each, value), *(methods(value) if inspect.isclass(value) else ())]
