@@ -24,7 +24,7 @@ def changes(page: str) -> list[Change]:
     found: list[Change] = []
     paths: list[str] = []
     for words, block in re.findall(r"(.*?)^```diff\n(.*?)^```$", text(page), flags=re.MULTILINE | re.DOTALL):
-        named = re.findall(r"`([\w/.]+\.(?:py|md))`", words)
+        named = re.findall(r"`([\w/.]+\.(?:py|md|cfg))`", words)
         if named:
             paths = [name for name in named if (ROOT / name).is_file()]
         found.append(_change(paths, block))

@@ -45,8 +45,10 @@ RECIPES = {"docs/recipes.md": (0, 1, 2, 3, 4, 5, 6)}
 # By tests/test_diagnostics_docs.py; a block over a trainer by tests/integrations.
 DIAGNOSTICS = {"docs/diagnostics.md": (0, 1, 2, 3, 4)}
 ON_RANKS = {"docs/start.md": (2,), "docs/parallel.md": (0, 1, 2, 3)}
-# By tests/test_adding_an_objective.py: blocks of `diff`, and a command that runs where they were applied.
-FOLLOWED = "docs/objectives.md"
+# By tests/test_adding_*.py: blocks of `diff`, new files, and commands that run where both were applied.
+FOLLOWED = ("docs/objectives.md", "docs/keyword.md", "docs/trainer.md")
+# Files that these pages make.
+NEW = {"test_inverse_temperature.py", "ignite.py", "test_ignite.py"}
 # A program of its own.
 PROGRAMS = {"docs/kernels.md": (0,)}
 # Files that pages name and that belong to other packages.
@@ -85,9 +87,9 @@ def test_every_block_is_run() -> None:
     for page in PAGES:
         blocks = set(range(len(fenced(page, "python"))))
         placed = (places.get(page, ()) for places in (ALONE, ON_RANKS, PROGRAMS, RECIPES, DIAGNOSTICS))
-        assert blocks == set(chain(*placed)), page
+        assert page in FOLLOWED or blocks == set(chain(*placed)), page
         fences = re.findall(r"^```(\w+)$", text(page), flags=re.MULTILINE)
-        assert set(fences) <= ({"diff", "sh"} if page == FOLLOWED else {"python", "sh"}), page
+        assert set(fences) <= {"python", "sh", *(["diff"] if page in FOLLOWED else [])}, page
     sources = [path.read_text() for folder in ("integrations", "stacks") for path in _tests(folder)]
     for path in STACKS:
         page = path.stem
@@ -254,7 +256,7 @@ def test_examples_on_two_ranks(case, outcomes: dict[str, list[str]]) -> None:
     assert outcomes[case.__name__] == ["passed"] * 2, "\n".join(outcomes[case.__name__])
 
 
-SHELL = [(page, line) for page in PAGES if page != FOLLOWED for line in commands(page)]
+SHELL = [(page, line) for page in PAGES if page not in FOLLOWED for line in commands(page)]
 
 
 def test_the_pages_have_commands() -> None:
@@ -342,7 +344,8 @@ def test_named_files_exist() -> None:
     files = [path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py") if ".venv" not in path.parts]
     for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
         for name in re.findall(r"(?<![\w/.-])([\w/]+\.py)\b", path.read_text()):
-            if name not in OF_OTHERS and "NAME" not in name:
+            new = path.name in ("keyword.md", "trainer.md") and name.rpartition("/")[2] in NEW
+            if not new and name not in OF_OTHERS and "NAME" not in name:
                 assert any(f"/{file}".endswith(f"/{name}") for file in files), f"{path.name}: {name}"
 
 
@@ -351,7 +354,8 @@ def test_names_in_the_steps_exist() -> None:
     files = [*(ROOT / "deft_kernels").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
     words = set(re.findall(r"\w+", " ".join(path.read_text() for path in [*files, ROOT / "setup.cfg"])))
     steps = text("CONTRIBUTING.md").split("## Where something new goes")[1].split("\n## ")[0]
-    more = text(FOLLOWED).split("## If yours needs more")[1]
+    more = text("docs/objectives.md").split("## If yours needs more")[1]
+    more += text("docs/keyword.md").split("## Further")[1]
     named = set(re.findall(r"`(?:\w+\.)?(\w+)(?:: [^`]*)?`", steps + more)) - {"py", "md"}
     assert len(named) > 30
     assert named <= words, named - words
