@@ -188,6 +188,7 @@ def page(r: Results, recordings: dict[str, Recording], images: Path, prefix: str
         prose.HISTOGRAMS,
         "What the fine-tuned models forget of the pre-training text, rise of -log p in nats:\n",
         of_pretraining(r),
+        prose.FORGOTTEN,
         "## Loss and calibration\n",
         prose.CALIBRATION,
         "Held-out -log p, nats:\n",

@@ -85,6 +85,11 @@ Held-out labels by their probability, before and after. An objective that sharpe
 ends.
 """
 
+FORGOTTEN = """\
+Known domain: cross-entropy, `eaft` and, with wrong labels, `cayley` forget least. What sharpens is charged for its
+certainty here as it is below, so a rise of -log p is not only forgetting.
+"""
+
 CALIBRATION = """\
 Cross-entropy and `eaft` have the best -log p wherever labels are right. The gates that sharpen lose there, the more so
 the larger the gate's exponent, and a single temperature fitted afterwards gives back a part. On strong-30
