@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,3 +60,8 @@ def follow(page: str, folder: Path) -> None:
         words = file.read_text()
         assert words.count(before) == 1, f"{path}: not there, or not there once:\n{before}"
         file.write_text(words.replace(before, after))
+
+
+def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import subprocess
 import sys
@@ -10,19 +9,17 @@ from pathlib import Path
 
 import pytest
 from documents import fenced
-from following import changes, copied, follow
+from following import changes, copied, follow, run
 
 PAGE = "docs/keyword.md"
 # What tests/test_release.py reads besides.
 MORE = ("CHANGELOG.md", "CITATION.cff", "setup.cfg", ".github", ".ci")
 
 
-def run(folder: Path, line: str) -> subprocess.CompletedProcess[str]:
+def run_line(folder: Path, line: str) -> subprocess.CompletedProcess[str]:
     python, *arguments = shlex.split(line)
     assert python == ".venv/bin/python"
-    environment = os.environ | {"PYTHONPATH": str(folder)}
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    return run(folder, sys.executable, *arguments)
 
 
 def test_the_page_to_the_letter(tmp_path: Path) -> None:
@@ -32,10 +29,10 @@ def test_the_page_to_the_letter(tmp_path: Path) -> None:
     (folder / "tests" / "test_inverse_temperature.py").write_text(new)
     surface, tests = fenced(PAGE, "sh")
     # Without the page of signatures its test says so.
-    forgotten = run(folder, ".venv/bin/python -m pytest -q tests/test_release.py -k public")
+    forgotten = run_line(folder, ".venv/bin/python -m pytest -q tests/test_release.py -k public")
     assert forgotten.returncode == 1 and "docs/surface.py" in forgotten.stdout
     for line in [*surface.splitlines(), *tests.splitlines()]:
-        outcome = run(folder, line)
+        outcome = run_line(folder, line)
         assert outcome.returncode == 0, outcome.stdout[-4000:] + outcome.stderr[-2000:]
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from documents import fenced
-from following import changes, copied, follow
+from following import changes, copied, follow, run
 
 PAGE = "docs/objectives.md"
 
@@ -40,11 +38,6 @@ def followed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = copied(tmp_path_factory.mktemp("copy"))
     follow(PAGE, folder)
     return folder
-
-
-def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(folder)}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
 def test_the_page_changes_both_backends_and_the_reference() -> None:

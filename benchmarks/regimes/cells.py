@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import measures
 import torch
-from tasks import BUDGETS, Measured, Rows, parts, task, windows
-from texts import DEVICE, ByteModel, Text, pretraining
+from tasks import BUDGETS, Measured, Rows, parts, random_windows, task, windows
+from texts import DEVICE, ByteModel, pretraining
 from torch import nn
 from treatments import Treatment, treatment
 
@@ -160,15 +160,10 @@ def pretrain(folder: Path, size: Size) -> None:
     torch.manual_seed(0)
     model, text = size.model(), pretraining()
     cell = Cell("pretraining", "nll", 5e-3 / size.scale, 0, "train")
-    train(model, lambda g: [drawn(text, g)], treatment("nll"), cell, size.pretrain)
+    train(model, lambda g: [random_windows(text, 8, g)], treatment("nll"), cell, size.pretrain)
     beside = path.with_name("base.pt.part")
     torch.save(model.state_dict(), beside)
     os.replace(beside, path)
-
-
-def drawn(text: Text, generator: torch.Generator) -> Rows:
-    starts = torch.randint(len(text.inputs) - 127, (8,), generator=generator)
-    return Rows(*text.windows(starts)[:2])
 
 
 def load(folder: Path, size: Size) -> ByteModel:

@@ -36,17 +36,13 @@ def folded(title: str, content: str) -> str:
     return f"<details markdown><summary>{title}</summary>\n\n{content}\n</details>\n"
 
 
-def by_part(r: Results, measure: str, digits: int, better: Callable[..., float] | None) -> str:
+def by_part(r: Results, measure: str, digits: int, better: Callable[..., float]) -> str:
     """A row a kind of data, a column an objective; the best mean is bold."""
     names = r.head["plan"]["objectives"]
     rows = []
     for part in r.parts():
-        found = {
-            o: r.spread(part, o, measure)
-            for o in names
-            if o in r.objectives(part.split(":")[0].split(",")[0])
-        }
-        best = better(x.mean for x in found.values()) if better else None
+        found = {o: r.spread(part, o, measure) for o in names if o in r.objectives(r.task_of(part))}
+        best = better(x.mean for x in found.values())
         cells = [f"**{x.text(digits)}**" if x.mean == best else x.text(digits) for x in found.values()]
         rows.append([part, *cells])
     return table(["", *names], rows)
@@ -92,19 +88,17 @@ def remedies(r: Results) -> str:
 
 def art_scores(r: Results) -> str:
     columns = (
-        ("top1_ink", "ink", 1),
-        ("exact_lines", "lines", 1),
-        ("exact_words", "words", 1),
-        ("jaro_winkler", "J-W", 3),
+        ("top1_ink", "top-1 on ink, %", 1),
+        ("exact_lines", "exact lines, %", 1),
+        ("exact_words", "exact words, %", 1),
+        ("jaro_winkler", "Jaro-Winkler", 3),
     )
     parts = [p for p in r.parts() if "cells" in p or "ascii" in p]
     rows = []
     for part in parts:
-        for o in r.objectives(part.split(":")[0].split(",")[0]):
+        for o in r.objectives(r.task_of(part)):
             rows.append([part, o, *(r.spread(part, o, name).text(digits) for name, _, digits in columns)])
-    return table(
-        ["", "objective", "top-1 on ink, %", "exact lines, %", "exact words, %", "Jaro-Winkler"], rows
-    )
+    return table(["", "objective", *(title for _, title, _ in columns)], rows)
 
 
 def rate_table(found: list[Rate], objectives: list[str]) -> str:

@@ -55,6 +55,10 @@ class Results:
         each = {task: statistics.mean(values) for task, values in seconds.items()}
         return sum(each[record["task"]] for record in self.records) / 60
 
+    @staticmethod
+    def task_of(part: str) -> str:
+        return part.split(":")[0].split(",")[0]
+
     def parts(self) -> list[str]:
         found: dict[str, None] = {}
         for task in self.tasks:
@@ -70,13 +74,9 @@ class Results:
     def of(self, task: str, objective: str) -> list[Record]:
         return sorted(self.cells[task, objective], key=lambda record: record["seed"])
 
-    def rate(self, task: str, objective: str) -> float:
-        return self.of(task, objective)[0]["rate"]
-
     def measured(self, part: str, objective: str, name: str) -> list[Any]:
-        task = part.split(":")[0].split(",")[0]
         inner = part.split(": ")[-1]
-        found = [record["measured"][inner][name] for record in self.of(task, objective)]
+        found = [record["measured"][inner][name] for record in self.of(self.task_of(part), objective)]
         return [float("nan") if x is None else x for x in found]
 
     def spread(self, part: str, objective: str, name: str) -> Spread:
@@ -98,6 +98,5 @@ class Results:
 
     def best(self, part: str, name: str = "top1") -> list[str]:
         """The objective with the highest value, seed by seed."""
-        task = part.split(":")[0]
-        values = {o: self.measured(part, o, name) for o in self.objectives(task)}
+        values = {o: self.measured(part, o, name) for o in self.objectives(self.task_of(part))}
         return [max(values, key=lambda o: values[o][seed]) for seed in range(len(values["nll"]))]

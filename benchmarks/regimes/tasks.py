@@ -51,6 +51,11 @@ def of_samples(kind: str, which: list[Sample], number: int) -> list[Rows]:
     return [Rows(*x) for x in whole]
 
 
+def random_windows(text: Text, number: int, generator: torch.Generator) -> Rows:
+    starts = torch.randint(len(text.inputs) - CONTEXT + 1, (number,), generator=generator)
+    return Rows(*text.windows(starts)[:2])
+
+
 class Task:
     """One task with the wrong labels of one seed."""
 
@@ -69,9 +74,7 @@ class Task:
                 chosen = torch.randint(len(inputs), (number,), generator=generator).to(DEVICE)
                 found.append(Rows(inputs[chosen], labels[chosen]))
             else:
-                text = self.texts[part].train
-                starts = torch.randint(len(text.inputs) - CONTEXT + 1, (number,), generator=generator)
-                found.append(Rows(*text.windows(starts)[:2]))
+                found.append(random_windows(self.texts[part].train, number, generator))
         return found
 
     def measured(self, split: str, number: int, written: int) -> dict[str, Measured]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from documents import fenced, text
-from following import copied, follow
+from following import copied, follow, run
 
 pytest.importorskip("ignite")
 PAGE = "docs/trainer.md"
@@ -30,11 +28,6 @@ def followed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert path in named and not (folder / path).exists()
         (folder / path).write_text(block)
     return folder
-
-
-def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(folder)}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
 def test_the_page_to_the_letter(followed: Path) -> None:
