@@ -3,6 +3,7 @@ interpreter. Either must be chosen before Triton is imported."""
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +15,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import emulation
+import sampling
 import torch
 
 COVERAGE = pytest.StashKey[dict[str, Any]]()
@@ -26,7 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--ptx", choices=emulation.CHOICES,
         help="compute capability of the emulated GPU (90), or the interpreter, also by TRITON_INTERPRET=1",
     )  # fmt: skip
-    parser.addoption("--everything", action="store_true", help="also what takes minutes and differs little")
+    sampling.add_option(parser)
     group.addoption("--ptx-order", choices=("lockstep", "warps", "ctas"), default="lockstep")
     group.addoption("--ptx-seed", type=int, default=0, help="of the order and the noise")
     group.addoption("--ptx-noise", choices=("exact", "hash", "up", "down"), default="exact",
@@ -35,6 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     option = config.getoption
+    sampling.describe(config)
     # xdist would hand out files by the number of their tests; the slowest have few.
     config.option.loadscopereorder = False
     asked = emulation.INTERPRETER if os.environ.get("TRITON_INTERPRET", "0") == "1" else "90"
@@ -60,12 +63,23 @@ FIRST = (
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     places = {name: place for place, name in enumerate(FIRST)}
     items.sort(key=lambda item: places.get(item.path.name, len(FIRST)))
+    sampling.leave_out(config, items)
     if emulation.emulator() is None or config.getoption("--ptx-noise") == "exact":
         return
     for item in items:
         reason = next((r for name, r in emulation.BEYOND.items() if item.nodeid.endswith(name)), None)
         if reason is not None:
             item.add_marker(pytest.mark.xfail(reason=reason))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: no collection of garbage has to look through it again, which compiling a
+    kernel, by its many small objects, sets off several times."""
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -25,7 +25,11 @@ def device() -> str:
     return "cuda" if dist.get_backend() == "nccl" else "cpu"
 
 
-def _worker(rank: int, ranks: int, folder: str, cases: Sequence[Callable[[], None]], gpus: bool) -> None:
+def _worker(
+    rank: int, ranks: int, folder: str, cases: Sequence[Callable[[], None]], gpus: bool, given: dict[str, str]
+) -> None:
+    # A fork server has the variables of the moment it began.
+    os.environ |= given
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     nccl = gpus and torch.cuda.device_count() >= ranks
@@ -56,7 +60,11 @@ def run(cases: Sequence[Callable[[], None]], ranks: int, gpus: bool = True) -> d
     """
     with tempfile.TemporaryDirectory() as folder:
         context = mp.start_processes(
-            _worker, args=(ranks, folder, cases, gpus), nprocs=ranks, join=False, start_method=start_method()
+            _worker,
+            args=(ranks, folder, cases, gpus, dict(os.environ)),
+            nprocs=ranks,
+            join=False,
+            start_method=start_method(),
         )
         done, waited = 0, 0.0
         while not _joined(context):

@@ -88,6 +88,7 @@ def test_every_objective(name: str, kind: str, backend: str, device: str) -> Non
     assert gradient_excess(gradient, exact) <= 1.0
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("gap", [0.0, 20.0, 34.0, 35.0, 50.0, 200.0, math.inf])
 @pytest.mark.parametrize("name", ["nll", "deft", "neg_prob"])

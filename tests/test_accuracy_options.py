@@ -63,6 +63,7 @@ def cases():
             yield objective, "all", torch.bfloat16
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("objective", "name", "dtype"), list(cases()), ids=str)
 def test_options_within_the_stated_bounds(objective, name, dtype, backend, device):
     """Loss and gradient by both ways of making it; bounds as in `test_accuracy`."""

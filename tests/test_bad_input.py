@@ -368,6 +368,7 @@ def test_no_rows(shape, keywords, backend, device):
     assert logits.grad is not None and logits.grad.shape == logits.shape
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", [*NAMES, "band", "function"])
 @pytest.mark.parametrize("filling", [1.0, math.nan, math.inf])
 def test_all_ignored(name, filling, backend, device):
@@ -412,6 +413,7 @@ def test_ignored_rows_pass_no_token_weight(reduction, backend, device):
 # NaN and infinities ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("ignored", [False, True])
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 @pytest.mark.parametrize("name", [*NAMES, "smoothed", "function", "in forward"])
@@ -508,6 +510,7 @@ def test_impossible_target_of_a_row_without_entropy(backend, device):
     assert torch.equal(logits.grad, torch.zeros_like(logits))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("return_stats", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_masked_vocabulary(dtype, return_stats, backend, device):

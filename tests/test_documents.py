@@ -11,6 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
+from functools import cache
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from itertools import chain
@@ -309,11 +310,14 @@ def selects_tests(arguments: list[str]) -> None:
     assert outcome == 0, printed
 
 
+@cache
+def helped(script: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
+
+
 def knows(arguments: list[str]) -> None:
     """A script's own options, as its --help lists them."""
-    outcome = subprocess.run(
-        [sys.executable, arguments[0], "--help"], cwd=ROOT, capture_output=True, text=True
-    )
+    outcome = helped(arguments[0])
     if outcome.returncode != 0 and "ModuleNotFoundError" in outcome.stderr:
         pytest.skip(outcome.stderr.splitlines()[-1])
     assert outcome.returncode == 0, outcome.stderr
@@ -341,7 +345,8 @@ def test_contributing_names_every_module() -> None:
 
 def test_named_files_exist() -> None:
     """Every Python file that a page names, by its name or the last folders of its path."""
-    files = [path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py") if ".venv" not in path.parts]
+    ours = ("benchmarks", "deft_kernels", "docs", "tests")
+    files = [path.relative_to(ROOT).as_posix() for part in ours for path in (ROOT / part).rglob("*.py")]
     for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
         for name in re.findall(r"(?<![\w/.-])([\w/]+\.py)\b", path.read_text()):
             new = path.name in ("keyword.md", "trainer.md") and name.rpartition("/")[2] in NEW

@@ -22,6 +22,7 @@ def masked_start(masked: int, vocabulary: int = 2000) -> tuple[Tensor, Tensor]:
     return z, y
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("masked", [1, 300, 1300, 1500, 1999])
 @pytest.mark.parametrize("name", ["eaft", "deft", "statistics"])
 def test_fp16_entropy_of_masked_logits(name: str, masked: int, device: str) -> None:
@@ -72,6 +73,7 @@ OBJECTIVES = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("in_forward", [False, True])
 @pytest.mark.parametrize("wrong", [-1, 1281, 2**40])
 def test_label_out_of_range_shows_alike_in_every_gradient(

@@ -110,6 +110,7 @@ MASKS = [
 ]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("mask", MASKS, ids=lambda mask: f"{mask[0]}: {mask[2]}")
 @pytest.mark.parametrize("in_forward", [False, True])
 def test_a_mask_off_by_one(mask: tuple[str, str, str], in_forward: bool, plant: Callable[..., None]) -> None:
@@ -191,6 +192,7 @@ SPARE = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("warps", [1, 4])
 @pytest.mark.parametrize("name", CALLS)
 def test_barriers_are_missed(name: str, warps: int, monkeypatch: pytest.MonkeyPatch) -> None:

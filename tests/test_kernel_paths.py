@@ -37,6 +37,7 @@ def check(
     assert gradient_excess(x.grad.cpu(), exact.grad) <= 1.0
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", ["plain", "conflict", "masked"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("name", ["deft", "eaft"])
@@ -52,6 +53,7 @@ def test_split_rows_reach_the_main_loop(
     check(z.to(device), y.to(device), name, reduction="none")
 
 
+@pytest.mark.sampled
 @pytest.mark.filterwarnings("ignore:.*rounds the gradient to float16")
 @pytest.mark.parametrize("rest", [0, 1, 2.5, 4, 6.5])
 @pytest.mark.parametrize("inplace", [False, True])
@@ -71,6 +73,7 @@ def test_eight_tiles_in_flight(
     check(z.to(device), y.to(device), name, reduction="mean", inplace=inplace, grad_in_forward=True)
 
 
+@pytest.mark.sampled
 @pytest.mark.filterwarnings("ignore:.*rounds the gradient to float16")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("vocabulary", [256, 2 * 256 + 3, 3333])
@@ -96,6 +99,7 @@ HALF_EXACT = [(name, torch.bfloat16) for name in EXACT] + [
 ]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", ["plain", "masked", "conflict"])
 @pytest.mark.parametrize(("name", "dtype"), HALF_EXACT, ids=str)
 def test_exact_gradients_in_half_precision(name: str, dtype: torch.dtype, kind: str, device: str) -> None:
@@ -105,6 +109,7 @@ def test_exact_gradients_in_half_precision(name: str, dtype: torch.dtype, kind: 
     check(z.to(device), y.to(device), EXACT[name], reduction="sum", grad_in_forward=True)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("in_forward", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("warps", [1, 4])
@@ -118,6 +123,7 @@ def test_softcap_in_place(
     check(z.to(device), y.to(device), softcap=9.0, inplace=True, grad_in_forward=in_forward)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("lead", [1, 2, 4, 7])
 @pytest.mark.parametrize("in_forward", [False, True])
 @pytest.mark.parametrize("inplace", [False, True])

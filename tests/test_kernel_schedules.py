@@ -56,6 +56,7 @@ def run(z: Tensor, y: Tensor, **keywords: Any) -> tuple[Tensor, Tensor]:
     return value, x.grad
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("call", CALLS)
 def test_to_the_bit_in_every_order(call: str, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:

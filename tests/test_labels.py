@@ -77,6 +77,7 @@ def cases():
         yield "nll", "none", wrong
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("name", "option", "wrong"), list(cases()))
 def test_loss_and_gradient_are_nan_together(name, option, wrong, backend, device, monkeypatch):
     """In that row alone, and in all of it: where the gate is 1 or made of the entropy, too."""

@@ -41,6 +41,7 @@ def check(z: Tensor, y: Tensor, objective: objectives.Objective | str = "deft", 
         )
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("splits", [2, 3, 8])
 @pytest.mark.parametrize("kind", ["plain", "confident", "conflict", "masked"])
 @pytest.mark.parametrize("name", ["deft", "eaft", "cayley"])
@@ -64,6 +65,7 @@ def test_splits_fill_the_device() -> None:
     assert tuning.splits(8, 262144, tuning.statistics(262144, 2, entropy=False).tile, 132) > 1
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("warps", [1, 2, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("in_forward", [False, True])
@@ -77,6 +79,7 @@ def test_every_width_of_program(
     check(z.to(device), y.to(device), grad_in_forward=in_forward)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("in_forward", [False, True])
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("lead", range(8))

@@ -125,6 +125,7 @@ def test_is_the_unfused_loss(name, reduction, ignored, device):
     agree(problem.run(fused(backend="torch", **keywords)), problem.run(unfused(**keywords), double=True))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("name", ["deft", "deft, exact", "cayley", "eaft", "band", "function"])
 def test_is_the_unfused_loss_by_the_kernels(name, reduction, device):
@@ -255,6 +256,7 @@ def test_under_graph_capture_every_row_is_worked_on(monkeypatch, backend, device
     agree(problem.run(fused(backend=backend)), problem.run(unfused(), double=True))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", ["deft", "band", "function"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_rows_are_not_counted_without_skipping(reduction, name, monkeypatch, backend, device):

@@ -48,6 +48,7 @@ def gradients(r: RowStatistics, valid: Tensor, leaves: list[Tensor]) -> list[Ten
     return list(torch.autograd.grad(rows.sum(), leaves))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", CLOSE)
 @pytest.mark.parametrize("name", KEYWORDS)
 def test_statistics_and_gradients(name, dtype, backend, device):

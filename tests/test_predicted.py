@@ -39,6 +39,7 @@ def tied(at: list[int], vocabulary: int, dtype: torch.dtype = torch.bfloat16) ->
     return z, torch.tensor([label])
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocabulary", [1, 2, 7, 33, 1025, VOCABULARY])
@@ -53,6 +54,7 @@ def test_is_the_arg_max(vocabulary: int, dtype: torch.dtype, backend: str, devic
         assert torch.equal(predicted(z, y, "reference"), expected), kind
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("in_forward", [False, True])
 @pytest.mark.parametrize(
@@ -94,6 +96,7 @@ def test_ties_of_every_pair(vocabulary: int, device: str, monkeypatch: pytest.Mo
     assert torch.equal(found.cpu(), pairs.amin(1))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("splits", [2, 3, 8])
 @pytest.mark.parametrize("at", [[3000], [3000, 5], [1700, 1601, 1600], list(range(100, 3333, 50))])
 def test_split_rows(splits: int, at: list[int], device: str, monkeypatch: pytest.MonkeyPatch) -> None:

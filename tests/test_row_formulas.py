@@ -81,6 +81,7 @@ def pairs(settings: dict) -> list[tuple[str, str, str]]:
     return [(*pair, "torch") for pair in found] + [(*pair, "triton") for pair in few]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("case", "name", "backend"), pairs(SETTINGS))
 def test_against_the_oracle(case, name, backend, device):
     logits, labels, own = problem(device)
@@ -96,6 +97,7 @@ def test_against_the_oracle(case, name, backend, device):
     assert not gradient[4].any() or name == "shifted"
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("case", "name", "backend"), pairs(LINEAR))
 def test_from_hidden_states(case, name, backend, device):
     _, labels, own = problem(device)

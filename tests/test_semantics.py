@@ -235,6 +235,7 @@ def test_gradient_accumulation(in_forward, objective, backend, device):
 # Transforms ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("in_forward", [None, True])
 @pytest.mark.parametrize("keywords", [{"softcap": 3.0}, {"temperature": 0.7}, {"temperature": 2.5},
                                       {"softcap": 3.0, "temperature": 0.7}, {"z_loss": 1e-2},
@@ -290,6 +291,7 @@ VIEWS = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("mode", "dtype"), [("none", torch.float32), ("in forward", torch.bfloat16)])
 @pytest.mark.parametrize("name", VIEWS)
 def test_strides(name, mode, dtype, backend, device):
@@ -615,6 +617,7 @@ def graded(device: str) -> tuple[Tensor, Tensor]:
     return (logits + 2.0).float().to(device), labels.to(device)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("keep", "inside", "reduction"),
     [("p>=0.2", [2, 3, 4], "mean"), ("p<=0.2", [0, 1], "sum"), ("0.05<=p<=0.7", [1, 2, 3], "none")],

@@ -157,6 +157,7 @@ OPERATORS = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("name", [
     "row_loss", "row_loss_with_gradient", "row_loss_with_gradient_", "logits_gradient", "logits_gradient_",

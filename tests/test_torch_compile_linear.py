@@ -99,6 +99,7 @@ def test_compiled_module_under_autocast_with_a_dynamic_batch():
             torch.testing.assert_close(traced, eager, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("backend", "bias"), [("torch", True), ("torch", False), ("triton", True)])
 @pytest.mark.parametrize(
     "name", ["linear_row_loss", "linear_loss_with_gradient", "linear_gradient", "linear_statistics"]

@@ -193,6 +193,7 @@ def test_offsets_beyond_two_to_the_31(mode, backend, device):
     torch.testing.assert_close(gradient.double(), y.grad, rtol=2.0**-8, atol=1e-6)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("dtype", "kind"), [(torch.float32, "dense"), (torch.float32, "offset"), (torch.bfloat16, "offset")]
 )

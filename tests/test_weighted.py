@@ -29,6 +29,7 @@ def mixed(own: Tensor) -> Weighted:
     )
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_against_the_oracle(name, dtype, backend, device):

@@ -42,6 +42,7 @@ class Size(NamedTuple):
     windows: int = 128  # that are measured
     written: int = 40  # samples of art that a model writes
     scale: int = 1  # of the model: width, heads and depth; the rates are divided by it
+    seed: int = 0  # of pre-training
 
     def model(self) -> ByteModel:
         return ByteModel(64 * self.scale, 2 * self.scale, 4 * self.scale).to(DEVICE)
@@ -157,9 +158,9 @@ def pretrain(folder: Path, size: Size) -> None:
     path = folder / "base.pt"
     if path.exists():
         return
-    torch.manual_seed(0)
+    torch.manual_seed(size.seed)
     model, text = size.model(), pretraining()
-    cell = Cell("pretraining", "nll", 5e-3 / size.scale, 0, "train")
+    cell = Cell("pretraining", "nll", 5e-3 / size.scale, size.seed, "train")
     train(model, lambda g: [random_windows(text, 8, g)], treatment("nll"), cell, size.pretrain)
     beside = path.with_name("base.pt.part")
     torch.save(model.state_dict(), beside)

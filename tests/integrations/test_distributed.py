@@ -19,6 +19,7 @@ import test_trl
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from processes import start_method
 from tiny import batch, examples, llama, losses, oracle, parameters, trainer
 from torch import Tensor, nn
 from transformers import Trainer
@@ -229,10 +230,12 @@ def outcomes(tmp_path_factory) -> Path:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = mp.spawn(worker, args=(str(folder), port), nprocs=RANKS, join=False)
+    context = mp.start_processes(
+        worker, args=(str(folder), port), nprocs=RANKS, join=False, start_method=start_method()
+    )
     waited = 0
-    while not context.join(timeout=5):
-        waited += 5
+    while not context.join(timeout=1):
+        waited += 1
         if waited >= 180:  # a rank that waits for one that failed must not wait for long
             for process in context.processes:
                 process.kill()
