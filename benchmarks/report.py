@@ -16,6 +16,7 @@ from typing import Any
 
 import plots
 import questions
+from tables import table
 
 ROOT = Path(__file__).parent.parent
 Record = dict[str, Any]
@@ -55,12 +56,6 @@ Counted, not timed: kernels compiled ahead of time and disassembled, V = 128,256
 statistics gradient fused --json > benchmarks/results/compiled/sass.json`. While an H200 reads one bf16
 logit at full bandwidth it can issue about 15 instructions.
 """
-
-
-def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    lines = [list(header), *map(list, rows)]
-    lines.insert(1, ["---"] * len(lines[0]))
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
 
 
 def unique(records: Iterable[Record], key: str) -> list[Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -33,7 +32,8 @@ def refuse_dtensors(tensors: dict[str, Any], of: str) -> None:
 
 def is_dtensor(tensor: Any) -> bool:
     """Without importing the class, which takes most of a second: a DTensor exists only after that import."""
-    module = sys.modules.get("torch.distributed.tensor")
+    # Not by sys.modules: Dynamo would read all of it, and fails where another thread imports meanwhile.
+    module = getattr(torch.distributed, "tensor", None)
     return module is not None and isinstance(tensor, module.DTensor)
 
 

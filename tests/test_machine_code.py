@@ -82,7 +82,7 @@ BUDGETED = [
 def wanted(arch: str, everything: bool) -> list[tuple[str, ...]]:
     """Those that an ordinary run compiles are budgeted, or hold most."""
     if not everything and arch != "90":
-        return [variant for variant in largest(arch) if variant[0] in ("statistics", "gradient", "fused")]
+        return [variant for variant in largest(arch) if variant[0] == "fused"]
     return [*dict.fromkeys([*(every(arch) if everything else BUDGETED), *largest(arch)])]
 
 

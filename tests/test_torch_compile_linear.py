@@ -130,7 +130,7 @@ def test_opcheck(name, bias, backend, device):
 
 def test_every_operator_is_checked():
     """A new operator has to join the list above."""
-    marks = {mark.args[0]: mark.args[1] for mark in test_opcheck.pytestmark}
+    marks = dict(mark.args[:2] for mark in test_opcheck.pytestmark if mark.name == "parametrize")
     kind = torch._library.custom_ops.CustomOpDef
     definitions = {value for value in vars(hidden_operators).values() if isinstance(value, kind)}
     assert {definition._name for definition in definitions} == set(marks["name"])

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import math
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
+import prose
 from claims import of_paper, seen_here
 from results import Results, Spread
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tables import table
 
 
 class Both(NamedTuple):
@@ -23,6 +29,10 @@ class Both(NamedTuple):
         other."""
         apart = math.hypot(self.first.deviation, self.second.deviation)
         return abs(self.first.mean - self.second.mean) <= 2 * apart
+
+    def text(self) -> str:
+        means = f"{self.first.mean:+.1f}, {self.second.mean:+.1f}"
+        return means if self.within else f"**{means}**"
 
     @property
     def turned(self) -> bool:
@@ -49,3 +59,28 @@ def other_verdicts(first: Results, second: Results) -> list[tuple[str, str, str]
         for text, verdict in verdicts[0].items()
         if verdicts[1][text] != verdict
     ]
+
+
+def section(first: Results, second: Results) -> str:
+    """The section on a second run."""
+    both = differences(first, second)
+    names = list(dict.fromkeys(x.objective for x in both))
+    rows = []
+    for part in dict.fromkeys(x.part for x in both):
+        own = {x.objective: x for x in both if x.part == part}
+        cells = [own[o].text() if o in own else "" for o in names]
+        rows.append([part, *cells])
+    other = other_verdicts(first, second)
+    turned = [f"{x.objective} on {x.part}" for x in both if x.turned]
+    head = second.head
+    return prose.AGAIN.format(
+        seed=head["size"]["seed"],
+        minutes=head["minutes"],
+        workers=head["workers"],
+        device=head["device"],
+        table=table(["", *(f"{o} - nll" for o in names)], rows),
+        within=sum(x.within for x in both),
+        number=len(both),
+        turned=", ".join(turned) or "none",
+        verdicts=table(["said", "first run", "second run"], other) if other else "None.\n",
+    )

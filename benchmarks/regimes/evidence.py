@@ -3,6 +3,9 @@
     python benchmarks/regimes/evidence.py                          # from benchmarks/results/regimes
     python benchmarks/regimes/evidence.py --records OUT --out OUT  # from a run of one's own: OUT/evidence.md
 
+Records of a second run, with another `--seed`, are compared with the first where they lie beside it, as
+records-again.json.
+
 Every figure and verdict is worked out from the records; the sentences between them are what was read from the
 records that are committed.
 """
@@ -10,10 +13,12 @@ records that are committed.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import again as repetition
 import pictures
 import prose
 from claims import Claim, of_paper, seen_here
@@ -22,14 +27,11 @@ from results import Results, spread
 
 from deft_kernels.diagnostics import Recording, figures
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tables import table
+
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS = ROOT / "benchmarks" / "results" / "regimes"
-
-
-def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    lines = [list(header), *map(list, rows)]
-    lines.insert(1, ["---"] * len(lines[0]))
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
 
 
 def folded(title: str, content: str) -> str:
@@ -127,7 +129,9 @@ def of_pretraining(r: Results) -> str:
     return table(["", *names], rows)
 
 
-def page(r: Results, recordings: dict[str, Recording], images: Path, prefix: str) -> str:
+def page(
+    r: Results, recordings: dict[str, Recording], images: Path, prefix: str, again: Results | None = None
+) -> str:
     """The text; draws its figures into a folder, which the page calls by the prefix."""
 
     def picture(name: str, figure: Any, alternative: str) -> str:
@@ -214,6 +218,8 @@ def page(r: Results, recordings: dict[str, Recording], images: Path, prefix: str
                      rate_table(sgd, plan["sgd_objectives"])]  # fmt: skip
     if any(task in r.tasks for task in ("cells", "ascii")):
         sections += [folded("The art, by every measure", art_scores(r))]
+    if again is not None:
+        sections += [repetition.section(r, again)]
     sections += [
         folded("Top-1 by objective, mean and deviation over seeds", by_part(r, "top1", 1, max)),
         prose.LIMITS,
@@ -233,7 +239,9 @@ def main() -> None:
     files = {task: args.records / f"base-{task}.npz" for task in shown}
     recordings = {task: Recording.load(file) for task, file in files.items() if file.exists()}
     (args.out / "images").mkdir(parents=True, exist_ok=True)
-    text = page(Results(path), recordings, args.out / "images", "images/")
+    again = args.records / "records-again.json"
+    second = Results(again) if again.exists() else None
+    text = page(Results(path), recordings, args.out / "images", "images/", second)
     (args.out / "evidence.md").write_text(text)
     print(f"wrote {args.out / 'evidence.md'}")
 

@@ -117,6 +117,19 @@ SGD with momentum does not divide the scale out, and its gradients were not clip
 {top1:+.2f} by top-1 and {nll:+.2f} by loss. Four of five objectives want the same rate by top-1.
 """
 
+AGAIN = """\
+## Again from nothing, with other seeds
+
+`run.py OUT --seed {seed}`: another pre-training, other batches, other wrong labels, rates chosen anew; {minutes} minutes by {workers} workers ({device}).
+Points of top-1 from nll in the first run and in the second; bold where the two means are further apart than two
+standard deviations of one seed's difference between the runs:
+
+{table}
+{within} of {number} lie within. Above nll in every seed of one run and below in every seed of the other: {turned}. Verdicts
+that are not the same:
+
+{verdicts}"""
+
 LIMITS = """\
 ## What this is not
 

@@ -22,6 +22,7 @@ import os
 import statistics
 import sys
 import threading
+import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -120,6 +121,8 @@ class Runner:
     def __init__(self, folder: Path, size: Size, plan: Plan, workers: int):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.size, self.plan = folder, size, plan
+        self.began = time.monotonic()
+        self.found = sum(1 for split in ("validation", "test") for _ in folder.glob(f"{split}-*.json"))
         settings = folder / "settings.json"
         if settings.exists() and read(settings) != size._asdict():
             raise SystemExit(f"{settings}: the folder has records of another size; give another folder")
@@ -127,7 +130,7 @@ class Runner:
         pretrain(folder, size)
         context = multiprocessing.get_context("spawn")
         self.pool = ProcessPoolExecutor(workers, context, began) if workers > 1 else None
-        self.grid_seed = GRID_SEED + APART * size.seed
+        self.workers, self.grid_seed = workers, GRID_SEED + APART * size.seed
 
     def all(self, cells: Iterable[Cell], what: str) -> list[dict[str, Any]]:
         # Those of one task follow each other: a worker keeps the data of the last few tasks.
@@ -205,6 +208,10 @@ def whole(runner: Runner, records: list[dict[str, Any]]) -> str:
         "device": machine.device_name() if DEVICE.type == "cuda" else f"{machine.device_name()} a process",
         "versions": machine.versions(),
         "commit": machine.commit(),
+        # From the start to here, and how many cells another start had left.
+        "minutes": round((time.monotonic() - runner.began) / 60, 1),
+        "workers": runner.workers,
+        "found": runner.found,
     }
     lines = ",\n".join(json.dumps(r, separators=(",", ":")) for r in records)
     return json.dumps(head, indent=1)[:-2] + f',\n "records": [\n{lines}\n]\n}}\n'
