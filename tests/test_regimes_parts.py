@@ -132,6 +132,53 @@ def test_rates_and_their_moves(part: Any) -> None:
     assert -0.5 < rates.moves(made)["by_top1"] <= 0
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--workers", "0"], "--workers: expected 1"),
+        (["--scale", "-1"], "--scale: expected 1"),
+        (["--seed", "-1"], "--seed: expected 0"),
+    ],
+)
+def test_arguments_of_the_run(
+    arguments: list[str],
+    message: str,
+    part: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["run.py", str(tmp_path / "out"), *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        part("run").main()
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_another_size(part: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "settings.json").write_text("{}")
+    monkeypatch.setattr(sys, "argv", ["run.py", str(tmp_path), "--tiny"])
+    with pytest.raises(SystemExit, match=r"settings\.json: the folder has records of another size"):
+        part("run").main()
+
+
+def test_two_seeds_of_a_run_share_none(part: Any, tmp_path: Path) -> None:
+    """Neither of its results nor of its grid; the first batch of pre-training is another one, too."""
+    run, cells = part("run"), part("cells")
+    size, plan = run.TINY
+    seeds: list[set[int]] = []
+    for seed in (0, 1):
+        runner = run.Runner(tmp_path / str(seed), size._replace(seed=seed, pretrain=1), plan, 1)
+        seeds.append({runner.grid_seed})
+        runner.all = lambda cells, what, seen=seeds[-1]: seen.update(cell.seed for cell in cells) or []
+        runner.chosen = lambda: ({("cipher", "nll"): 1e-3}, [])
+        runner.records()
+    assert len(seeds[0]) == len(seeds[1]) == 1 + plan.seeds
+    assert not seeds[0] & seeds[1]
+    first, second = (cells.load(tmp_path / str(seed), size._replace(seed=seed)) for seed in (0, 1))
+    assert not torch.equal(*(next(model.parameters()) for model in (first, second)))
+
+
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("records")

@@ -43,11 +43,13 @@ class Both(NamedTuple):
 
 
 def differences(first: Results, second: Results) -> list[Both]:
+    """Of what is in both."""
     return [
         Both(part, o, first.difference(part, o, "top1"), second.difference(part, o, "top1"))
         for part in first.parts()
+        if part in second.parts()
         for o in first.objectives(first.task_of(part))
-        if o != "nll"
+        if o != "nll" and o in second.objectives(second.task_of(part))
     ]
 
 
@@ -57,7 +59,7 @@ def other_verdicts(first: Results, second: Results) -> list[tuple[str, str, str]
     return [
         (text, verdict, verdicts[1][text])
         for text, verdict in verdicts[0].items()
-        if verdicts[1][text] != verdict
+        if verdicts[1].get(text, verdict) != verdict
     ]
 
 

@@ -38,7 +38,8 @@ class Claim(NamedTuple):
 
 
 def of_paper(r: Results) -> Iterator[Claim]:
-    yield from sorts(r)
+    if {"strong-30", "intermediate"} <= set(r.parts()):
+        yield from sorts(r)
     yield from rises(r, "strong", STRONG)
     yield from rises(r, "weak", WEAK)
     for kind, parts in (("strong", STRONG), ("intermediate", INTERMEDIATE), ("weak", WEAK)):
@@ -50,7 +51,8 @@ def of_paper(r: Results) -> Iterator[Claim]:
 def sorts(r: Results) -> Iterator[Claim]:
     order = [p for p in ("strong-30", "intermediate", "cells", "cipher") if p in r.parts()]
     before = {p: r.spread(p, "nll", "alpha_before").mean for p in order}
-    holds = [before["strong-30"] > before["intermediate"] > max(before[p] for p in WEAK if p in before)]
+    weak = max((before[p] for p in WEAK if p in before), default=-1.0)
+    holds = [before["strong-30"] > before["intermediate"] > weak]
     text = ", ".join(f"{p} {value:.2f}" for p, value in before.items())
     yield Claim(
         "before training alpha sorts the regimes: near .65 strong, near .05 weak", text, holds, OTHER_DATA
