@@ -212,6 +212,35 @@ def test_a_claim_follows_the_records(part: Any, copy: Path) -> None:
     assert verdict({0: 1.0, 1: 1.0, 2: 1.0}) == "disagrees"
 
 
+def test_two_runs_side_by_side(part: Any, copy: Path) -> None:
+    """A second run that has two tasks only, one of whose results is another."""
+    again, results = part("again"), part("results")
+    whole = json.loads((RECORDS / "records.json").read_text())
+    whole["records"] = [r for r in whole["records"] if r["task"] in ("strong-30", "cipher")]
+    whole["size"]["seed"] = 1
+    whole |= {"minutes": 40.2, "workers": 2, "found": 0}
+
+    def section() -> tuple[list[Any], str]:
+        (copy / "second.json").write_text(json.dumps(whole))
+        first, second = (results.Results(path) for path in (RECORDS / "records.json", copy / "second.json"))
+        return again.differences(first, second), again.section(first, second)
+
+    both, text = section()
+    assert {x.part for x in both} == {"strong-30", "cipher"}
+    assert all(x.within and not x.turned for x in both)
+    assert f"{len(both)} of {len(both)} lie within" in text and "Every verdict on these is the same" in text
+    assert "**" not in text and "--seed 1 --task strong-30 --task cipher`" in text
+    assert "40 of the clock with 2 workers" in text
+    for record in whole["records"]:
+        if (record["split"], record["task"], record["objective"]) == ("test", "strong-30", "deft"):
+            record["measured"]["strong-30"]["top1"] -= 20
+    both, text = section()
+    (other,) = (x for x in both if not x.within)
+    assert (other.part, other.objective, other.turned) == ("strong-30", "deft", True)
+    assert f"{len(both) - 1} of {len(both)} lie within" in text and "deft on strong-30" in text
+    assert "| where 30 % of the labels are wrong, deft is above nll in top-1 | agrees | disagrees |" in text
+
+
 def test_records_that_are_none(part: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     evidence = part("evidence")
     monkeypatch.setattr(sys, "argv", ["evidence.py", "--records", str(tmp_path), "--out", str(tmp_path)])

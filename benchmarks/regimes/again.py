@@ -75,14 +75,22 @@ def section(first: Results, second: Results) -> str:
     other = other_verdicts(first, second)
     turned = [f"{x.objective} on {x.part}" for x in both if x.turned]
     head = second.head
+    fewer = [task for task in first.tasks if task not in second.tasks]
+    # What was found had been run before, so the time is that of the rest.
+    wall = "" if head["found"] else f", {head['minutes']:.0f} of the clock with {head['workers']} workers"
+    verdicts = "Every verdict on these is the same.\n"
+    if other:
+        verdicts = "Verdicts that are not the same:\n\n" + table(["said", "first run", "second run"], other)
     return prose.AGAIN.format(
         seed=head["size"]["seed"],
-        minutes=head["minutes"],
-        workers=head["workers"],
+        tasks="".join(f" --task {task}" for task in second.tasks) if fewer else "",
+        cells=len(second.records),
+        minutes=round(second.core_minutes()),
+        wall=wall,
         device=head["device"],
         table=table(["", *(f"{o} - nll" for o in names)], rows),
         within=sum(x.within for x in both),
         number=len(both),
         turned=", ".join(turned) or "none",
-        verdicts=table(["said", "first run", "second run"], other) if other else "None.\n",
+        verdicts=verdicts,
     )

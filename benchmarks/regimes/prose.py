@@ -24,8 +24,8 @@ Written by `python benchmarks/regimes/evidence.py` from the records under `bench
     python benchmarks/regimes/run.py OUT
     python benchmarks/regimes/evidence.py --records OUT --out OUT
 
-It takes {minutes} minutes of a core, so half of it on two that are idle ({device}; torch {torch}; commit
-{commit}). After a kill it goes on. `--quick` takes six minutes: four objectives, two seeds, half the steps; there deft is above cross-entropy on the cipher, else the directions are these. `--scale 4` is for a GPU.
+It took {minutes} minutes of a core, beside other work ({device}; torch {torch}; commit {commit}). Undisturbed a run
+takes three quarters of that (the second run, below), so all of it an hour and a quarter on two cores. After a kill it goes on. `--quick` takes six minutes: four objectives, two seeds, half the steps; there deft is above cross-entropy on the cipher, else the directions are these. `--scale 4` is for a GPU.
 
 One byte-level transformer ([the example's](start.md)) is pre-trained with cross-entropy on the standard library's
 top-level modules and fine-tuned from there:
@@ -120,20 +120,18 @@ SGD with momentum does not divide the scale out, and its gradients were not clip
 AGAIN = """\
 ## Again from nothing, with other seeds
 
-`run.py OUT --seed {seed}`: another pre-training, other batches, other wrong labels, rates chosen anew; {minutes} minutes by {workers} workers ({device}).
-Points of top-1 from nll in the first run and in the second; bold where the two means are further apart than two
-standard deviations of one seed's difference between the runs:
+`run.py OUT --seed {seed}{tasks}`: another pre-training, other batches, other wrong labels, rates chosen anew. {cells} runs, {minutes}
+minutes of a core{wall} ({device}). Points of top-1 from nll in the first run and in the second; bold where the two means are
+further apart than two standard deviations of one seed's difference between the runs:
 
 {table}
-{within} of {number} lie within. Above nll in every seed of one run and below in every seed of the other: {turned}. Verdicts
-that are not the same:
-
+{within} of {number} lie within. Above nll in every seed of one run and below in every seed of the other: {turned}.
 {verdicts}"""
 
 LIMITS = """\
 ## What this is not
 
-One small model, bytes, a few minutes of training, two to five seeds, one pre-training run for all of them. The absolute scores
+One small model, bytes, a few minutes of training, two to five seeds, one pre-training run for all but what was run again. The absolute scores
 mean nothing, and a difference of a tenth of a point does not either. The paper's own data and models are ready to run
 ([the paper's own setting](paper.md)) and have not been run.
 """

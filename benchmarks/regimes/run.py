@@ -1,6 +1,6 @@
 """The paper's regimes in small: every objective on strong, intermediate, weak and mixed data, in one command.
 
-    python benchmarks/regimes/run.py OUT              # the default size: about an hour on two idle cores
+    python benchmarks/regimes/run.py OUT              # the default size: an hour and a quarter on two cores
     python benchmarks/regimes/run.py OUT --quick      # four objectives, one rate, two seeds: six minutes
     python benchmarks/regimes/run.py OUT --scale 4    # a wider, deeper model for longer, for a GPU
     python benchmarks/regimes/run.py OUT --seed 1      # another pre-training, other batches and wrong labels
