@@ -3,7 +3,7 @@
     python benchmarks/regimes/run.py OUT              # the default size: an hour and a quarter on two cores
     python benchmarks/regimes/run.py OUT --quick      # four objectives, one rate, two seeds: six minutes
     python benchmarks/regimes/run.py OUT --scale 4    # a wider, deeper model for longer, for a GPU
-    python benchmarks/regimes/run.py OUT --seed 1      # another pre-training, other batches and wrong labels
+    python benchmarks/regimes/run.py OUT --seed 1     # another pre-training, other batches and wrong labels
     python benchmarks/regimes/run.py OUT --tiny       # seconds, to see it run; learns nothing
 
 The learning rate of each objective and task is chosen by top-1 on validation data, with a seed of its own,
@@ -40,8 +40,8 @@ from treatments import OBJECTIVES, REMEDIES
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import machine
 
-# Seeds of the results are 0, 1, ...; of the grid this one. All of them, and pre-training's, are so much
-# higher with `--seed` 1, twice with 2: two runs share none.
+# Seeds of the results are 0, 1, ...; of the grid this one. With `--seed` 1 they are so much higher, with 2
+# twice: two runs share none. Pre-training has what `--seed` says itself.
 GRID_SEED, APART = 100, 1000
 # Where one seed is not like another: see the spread of the results.
 MORE_SEEDS = ("cells", "mixed")

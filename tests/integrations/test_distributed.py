@@ -208,6 +208,7 @@ CASES = (
 
 def worker(rank: int, folder: str, port: int) -> None:
     torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # here: a fork server has only what its start had
     # What torchrun would set; the trainer reads it.
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DEFT_TEST_FOLDER": folder}
@@ -226,7 +227,6 @@ def worker(rank: int, folder: str, port: int) -> None:
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
