@@ -80,7 +80,7 @@ hour)
     elif "$python" -c 'import xdist' 2>/dev/null; then
         workers=(-n 14 --benchmark-disable)
     fi
-    part tests "${TESTS:-110}" "$python" -m pytest -q --tb=short "${workers[@]}" tests/test_launch.py \
+    part tests "${TESTS:-110}" "$python" -m pytest -q --everything --tb=short "${workers[@]}" tests/test_launch.py \
         tests/test_accuracy.py tests/test_accuracy_options.py tests/test_eager.py tests/test_predicted.py \
         tests/test_traps.py -k "$only"
     part bench "${BENCH:-100}" "$python" -m pytest -q benchmarks/test_losses.py --records "$out/losses.json" \
@@ -100,7 +100,7 @@ tests)
     elif "$python" -c 'import xdist' 2>/dev/null; then
         set -- -n 8 --benchmark-disable "$@" # most of the time goes into compiling
     fi
-    limited 570 "$python" -m pytest -q --ignore=tests/test_machine_code.py "$@" 2>&1 | tee "$out/tests.log"
+    limited 570 "$python" -m pytest -q --everything --ignore=tests/test_machine_code.py "$@" 2>&1 | tee "$out/tests.log"
     ;;
 sanitize)
     for tool in memcheck racecheck; do
@@ -112,7 +112,7 @@ sanitize)
             # Without the caching allocator every tensor ends where its memory ends.
             PYTORCH_NO_CUDA_MEMORY_CACHING=1 limited "${SANITIZE:-280}" compute-sanitizer --tool "$tool" \
                 --target-processes application-only --error-exitcode 9 \
-                "$python" -m pytest -q tests/test_launch.py -k "$few" "$@" 2>&1 | tee "$out/$tool.log"
+                "$python" -m pytest -q --everything tests/test_launch.py -k "$few" "$@" 2>&1 | tee "$out/$tool.log"
         fi
     done
     ;;
