@@ -61,7 +61,7 @@ INTEGERS = {
     **dict.fromkeys(("dloss_stride", "scale_stride", "stride_inner", "stride"), "i32"),
     **dict.fromkeys(("stride_outer", "outer"), "i64"),
 }
-ALIGNED = {"n_rows", "vocabulary", "span", "stride_outer", "stride_inner", "outer", "stride"}
+ALIGNED = {"vocabulary", "span", "stride_outer", "stride_inner", "outer", "stride"}
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,8 @@ def source(variant: Variant) -> tuple[ASTSource, dict[str, Any]]:
         if name in POINTERS or name in ("logits", "dlogits"):
             attributes[path] = [["tt.divisibility", 16]]
             return POINTERS.get(name, f"*{variant.dtype}")
+        if name in kernel.do_not_specialize:
+            return INTEGERS[name]
         if name == "inner" or (name in INTEGERS and name != "vocabulary" and "ones" in options):
             # Triton specialises on an integer that is 1; `inner` is for ordinary rows, all are at N = V = 1
             # but the vocabulary (see `launch.kernel_for`).

@@ -5,13 +5,15 @@ The plans are forced, because the table would give small problems one warp and o
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import pytest
 import torch
 from rows import gradient_excess, loss_excess, make
 from torch import Tensor
 
 from deft_kernels import deft_loss, objectives, row_statistics
-from deft_kernels.backends.triton import launch, tuning
+from deft_kernels.backends.triton import gradient_kernels, kernels, launch, tuning
 from deft_kernels.backends.triton.tuning import Launch
 
 # With one warp of bf16 a tile is 256 columns and a turn of the statistics loop 1,024: 3,333 columns are a few
@@ -150,3 +152,22 @@ def test_fields_and_kernels_agree_on_their_order(device: str) -> None:
     theirs = row_statistics(z, y, backend="reference")
     for name in ("logp", "lse", "collision", "entropy", "max_prob"):
         torch.testing.assert_close(getattr(ours, name).cpu(), getattr(theirs, name), rtol=1e-5, atol=1e-6)
+
+
+def test_one_program_for_any_number_of_rows(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor for a label to ignore, or an upstream that is the same for all rows: nothing is compiled again."""
+    if launch.mode() == "interpreted":
+        pytest.skip("the interpreter compiles nothing")
+    gradient = gradient_kernels.gradient_kernel  # one program for a gradient that is there already, and is scaled
+    wanted = {kernels.statistics_kernel: 1, kernels.fused_kernel: 1, gradient: 2}
+    for kernel in wanted:
+        monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
+    for rows, ignore_index in ((3, -100), (16, 0), (1, 1)):
+        z, y = make("plain", rows, 515, torch.bfloat16)
+        z, y = z.to(device).requires_grad_(), y.to(device)
+        deft_loss(z, y, backend="triton", ignore_index=ignore_index, grad_in_forward=True).backward()
+        loss = deft_loss(z, y, backend="triton", ignore_index=ignore_index, reduction="none")
+        loss.sum().backward(retain_graph=True)
+        loss.backward(torch.full((rows,), 0.5, device=device))
+    for kernel, count in wanted.items():
+        assert [len(programs) for programs, *_ in kernel.device_caches.values()] == [count], kernel.fn

@@ -10,7 +10,7 @@ import triton.language as tl
 from .arithmetic import cap_slope, narrowed
 from .finish import load_field
 from .gradient import scaled, sloped, write_gradient, write_zeros
-from .records import FIELD, Gradient, Matrix, Row, Saved
+from .records import FIELD, UNSPECIALISED, Gradient, Matrix, Row, Saved
 from .rows import columns_of, place_beside, place_of, row_offset, target_of
 
 
@@ -51,7 +51,7 @@ def gradient_of_slice(
         write_zeros(Row(dlogits.ptr + to, class_weight, start, stop), PLAN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def gradient_kernel(
     logits,  # [N, V]
     labels,  # [N] int64
@@ -93,7 +93,7 @@ def gradient_kernel(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def scale_kernel(
     dlogits,  # [N, V]
     upstream,  # [1]

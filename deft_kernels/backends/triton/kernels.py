@@ -16,12 +16,12 @@ import triton.language as tl
 from .arithmetic import cap_slope, softcapped
 from .finish import finish_row, store_ignored, weights_of
 from .gradient import scaled, sloped, write_gradient, write_zeros
-from .records import Reduced, Row, Saved
+from .records import UNSPECIALISED, Reduced, Row, Saved
 from .rows import columns_of, place_beside, place_of, reduced_row, target_of
 from .stored_states import load_parts, store_state
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def statistics_kernel(
     logits,  # [N, V]
     labels,  # [N] int64
@@ -53,7 +53,7 @@ def statistics_kernel(
         store_ignored(saved, loss, row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def slice_kernel(
     logits,  # [N, V]
     labels,  # [N] int64
@@ -86,7 +86,7 @@ def slice_kernel(
         store_state(to, Reduced(reduced.state, z_target, reduced.ties, reduced.predicted), OPTIONS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def combine_kernel(
     labels,  # [N] int64
     states,  # [N, splits, SIZE] fp32
@@ -105,7 +105,7 @@ def combine_kernel(
         store_state(joined + row.to(tl.int64) * SIZE, reduced, OPTIONS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def finish_kernel(
     labels,  # [N] int64
     class_weight,  # [V] or unused
@@ -143,7 +143,7 @@ def finish_kernel(
         store_ignored(saved, loss, row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def fused_kernel(
     logits,  # [N, V]
     labels,  # [N] int64
