@@ -158,7 +158,9 @@ def test_one_program_for_any_number_of_rows(device: str, monkeypatch: pytest.Mon
     """Nor for a label to ignore, or an upstream that is the same for all rows: nothing is compiled again."""
     if launch.mode() == "interpreted":
         pytest.skip("the interpreter compiles nothing")
-    gradient = gradient_kernels.gradient_kernel  # one program for a gradient that is there already, and is scaled
+    gradient = (
+        gradient_kernels.gradient_kernel
+    )  # one program for a gradient that is there already, and is scaled
     wanted = {kernels.statistics_kernel: 1, kernels.fused_kernel: 1, gradient: 2}
     for kernel in wanted:
         monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
@@ -171,3 +173,19 @@ def test_one_program_for_any_number_of_rows(device: str, monkeypatch: pytest.Mon
         loss.backward(torch.full((rows,), 0.5, device=device))
     for kernel, count in wanted.items():
         assert [len(programs) for programs, *_ in kernel.device_caches.values()] == [count], kernel.fn
+
+
+def test_one_finish_for_any_logits(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads states alone: one program for the batch's statistics and one for the loss."""
+    if launch.mode() == "interpreted":
+        pytest.skip("the interpreter compiles nothing")
+    finish = kernels.finish_kernel
+    monkeypatch.setattr(finish, "device_caches", defaultdict(finish.create_binder))
+    for rows, vocabulary, dtype in (
+        (3, 515, torch.float32),
+        (16, 512, torch.bfloat16),
+        (1, 37, torch.float16),
+    ):
+        z, y = make("plain", rows, vocabulary, dtype)
+        deft_loss(z.to(device), y.to(device), objective="cayley", backend="triton")
+    assert [len(programs) for programs, *_ in finish.device_caches.values()] == [2]

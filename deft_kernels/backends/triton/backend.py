@@ -138,8 +138,10 @@ def _finish(
     def launch(mean_prob: Tensor | None, variant: Options) -> None:
         if call.count == 0:
             return
+        # In place of what is not given fp32 numbers, whatever the logits are: no further program.
+        weights = (call.class_weight, call.weight_total) if call.weighted else (rows, rows)
         given = rows if mean_prob is None else mean_prob
-        tensors = (call.labels, call.class_weight, call.weight_total, given, rows, loss, states)
+        tensors = (call.labels, *weights, given, rows, loss, states)
         scalars = (call.count, parts, *strides, call.vocabulary, ignore_index, call.variants.numbers)
         static = (mean_prob is not None, _power_of_2(parts), variant)
         finish_kernel[(call.count,)](*tensors, *scalars, *static, num_warps=1, **call.variants.compiler)

@@ -105,7 +105,7 @@ def combine_kernel(
         store_state(joined + row.to(tl.int64) * SIZE, reduced, OPTIONS)
 
 
-@triton.jit(do_not_specialize=UNSPECIALISED)
+@triton.jit(do_not_specialize=(*UNSPECIALISED, "vocabulary"))
 def finish_kernel(
     labels,  # [N] int64
     class_weight,  # [V] or unused

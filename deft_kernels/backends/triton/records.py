@@ -24,7 +24,15 @@ def static(record: R) -> R:
 
 # Integers that change from call to call and only say where a row's scalars lie, or which label counts for
 # nothing. Triton would compile a kernel anew where one of them is 1, or a multiple of 16.
-UNSPECIALISED = ("n_rows", "splits", "ignore_index", "dloss_stride", "scale_stride")
+UNSPECIALISED = (
+    "n_rows",
+    "splits",
+    "ignore_index",
+    "dloss_stride",
+    "scale_stride",
+    "stride_outer",
+    "stride_inner",
+)
 
 
 class Strides(NamedTuple):
