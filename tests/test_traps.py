@@ -362,6 +362,7 @@ def pairs():
             yield one, other
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("one", "other"), list(pairs()))
 def test_no_option_is_ignored_beside_another(one, other, backend, device):
     """Trap 10: two options, one of them silently without effect. Each pair equals the float64 oracle, loss
