@@ -93,7 +93,7 @@ BUDGETED = [(kernel, name, "bf16", "90", options) for kernel, name, _, options i
 
 
 def wanted(arch: str, everything: bool) -> list[tuple[str, ...]]:
-    """Those that an ordinary run compiles are budgeted, or hold most; of GPUs beside sm_90 the two largest."""
+    """Those that an ordinary run compiles are budgeted, or hold most; on other GPUs the two largest."""
     if not everything and arch != "90":
         return [variant for variant in largest(arch) if variant[0] == "fused" and variant[-1]]
     return [*dict.fromkeys([*(every(arch) if everything else BUDGETED), *largest(arch)])]
