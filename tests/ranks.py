@@ -9,7 +9,9 @@ import os
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import emulation
 import torch
@@ -25,6 +27,24 @@ def device() -> str:
     return "cuda" if dist.get_backend() == "nccl" else "cpu"
 
 
+def _compile_in_turns(lock: Path) -> None:
+    """Ranks launch the same kernels: the first compiles one, and the others find it in Triton's cache."""
+    if find_spec("triton") is None:
+        return
+    import fcntl
+
+    import triton.compiler
+
+    compile = triton.compiler.compile
+
+    def in_turn(*args: Any, **keywords: Any) -> Any:
+        with lock.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            return compile(*args, **keywords)
+
+    triton.compiler.compile = in_turn
+
+
 def _worker(
     rank: int, ranks: int, folder: str, cases: Sequence[Callable[[], None]], gpus: bool, given: dict[str, str]
 ) -> None:
@@ -38,6 +58,7 @@ def _worker(
     else:
         # Before Triton is imported, and not in the parent, whose kernels may run on a GPU.
         emulation.start()
+        _compile_in_turns(Path(folder, "compiling"))
     store = f"file://{folder}/store"
     dist.init_process_group("nccl" if nccl else "gloo", init_method=store, rank=rank, world_size=ranks)
     for case in cases:
