@@ -57,6 +57,10 @@ FIRST = (
     "test_torch_compile.py",
     "test_kernel_traffic.py",
     "test_documents.py",
+    "test_traps.py",
+    "test_semantics.py",
+    "test_regimes.py",
+    "test_row_formulas.py",
 )
 
 

@@ -92,13 +92,15 @@ def test_a_subclass_that_passes_the_number_on_accumulates(kind, route, tmp_path)
         torch.testing.assert_close(parameter, wanted[name])
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("log_statistics", [True, False])
 @pytest.mark.parametrize(
-    ("kind", "route"),
+    "case",
     [*((Forgetful, route) for route in ROUTES), (Declining, "loss_function"), (Declining, "patch_model")],
-    ids=lambda x: getattr(x, "__name__", x),
+    ids=lambda case: f"{case[0].__name__}-{case[1]}",
 )
-def test_a_mean_of_means_raises(kind, route, log_statistics, tmp_path):
+def test_a_mean_of_means_raises(case, log_statistics, tmp_path):
+    kind, route = case
     run = prepared(kind, route, tmp_path, log_statistics=log_statistics, **ACCUMULATED)
     before = parameters(run.model)
     with pytest.raises(RuntimeError, match=r"mean of their means.*model_accepts_loss_kwargs = True"):

@@ -11,6 +11,7 @@ from tiny import batch, examples, llama, losses, oracle, parameters
 from deft_kernels import objectives
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("objective", ["deft", "eaft", objectives.tsallis(0.5), "nll"], ids=str)
 @pytest.mark.parametrize("route", ROUTES)
 def test_the_first_loss_is_the_oracles(route, objective, tmp_path):
