@@ -80,7 +80,7 @@ def candidates(kernel: str, rows: int, itemsize: int, processors: int) -> list[C
                 (True, False, (0, 64)),
                 (True, True, (0, 64, 72, 128)),
             )
-            for registers in counts
+            for registers in (counts[:1] if DRY else counts)
             if w * registers <= 2048 and (registers != 72 or w == 8)
         ]
     splits = (1,) if rows >= 2 * processors else (1, 2) if DRY else (1, 2, 4, 8, 16, 32, 64)

@@ -118,7 +118,7 @@ def test_compiled_with_a_dynamic_batch():
         torch.testing.assert_close(x.grad, y.grad, rtol=1e-6, atol=1e-7)
 
 
-def test_compiled_through_the_code_generator(monkeypatch):
+def test_compiled_through_the_code_generator():
     """Once through the default backend, so that the operators' layouts meet generated code.
 
     Where there is no C++ compiler PyTorch cannot generate any, and the graph is what can be tried.
@@ -130,8 +130,6 @@ def test_compiled_through_the_code_generator(monkeypatch):
         return deft_loss(torch.tanh(x) * 3, labels, backend="torch")
 
     results = []
-    # To find out what a compiler can do about vectors takes it longer than this code.
-    monkeypatch.setattr(torch._inductor.config.cpp, "vec_isa_ok", True)
     for function in (step, torch.compile(step, fullgraph=True, backend=generator)):
         x = logits.clone().requires_grad_()
         loss = function(x)
