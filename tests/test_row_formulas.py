@@ -14,6 +14,7 @@ import torch
 import torch._dynamo.testing
 import torch.distributed as dist
 from formulas import LINEAR, SETTINGS, N, V, head, keywords_of, problem, step
+from sampling import first_of
 from torch import Tensor
 
 from deft_kernels import (
@@ -405,7 +406,7 @@ def outcomes(count: int) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("case", ["split_vocabulary", "dtensors"])
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", first_of([3, 2]))
 def test_in_processes(count, case):
     for rank, outcome in enumerate(outcomes(count)[case]):
         assert outcome == "passed", f"rank {rank} of {count}: {outcome}"

@@ -13,6 +13,7 @@ import ranks
 import torch
 import torch.distributed as dist
 from formulas import LINEAR, SETTINGS, N, V, head, keywords_of, problem, step
+from sampling import first_of
 from torch import Tensor
 
 from deft_kernels import VocabShard, deft_loss, fused_linear_deft_loss, objectives
@@ -308,7 +309,7 @@ def outcomes(count: int) -> dict[str, list[str]]:
     return ranks.run([split_vocabulary], count)
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", first_of([3, 2]))
 def test_in_processes(count):
     for rank, outcome in enumerate(outcomes(count)["split_vocabulary"]):
         assert outcome == "passed", f"rank {rank} of {count}: {outcome}"
