@@ -61,7 +61,7 @@ INTEGERS = {
     **dict.fromkeys(("dloss_stride", "scale_stride", "stride_inner", "stride"), "i32"),
     **dict.fromkeys(("stride_outer", "outer"), "i64"),
 }
-ALIGNED = {"vocabulary", "span", "stride_outer", "stride_inner", "outer", "stride"}
+ALIGNED = {"vocabulary", "span", "outer", "stride"}
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ The plans are forced, because the table would give small problems one warp and o
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Any
 
 import pytest
 import torch
@@ -154,16 +155,24 @@ def test_fields_and_kernels_agree_on_their_order(device: str) -> None:
         torch.testing.assert_close(getattr(ours, name).cpu(), getattr(theirs, name), rtol=1e-5, atol=1e-6)
 
 
-def test_one_program_for_any_number_of_rows(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor for a label to ignore, or an upstream that is the same for all rows: nothing is compiled again."""
+def forgotten(kernel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if this process had never launched it."""
     if launch.mode() == "interpreted":
         pytest.skip("the interpreter compiles nothing")
-    gradient = (
-        gradient_kernels.gradient_kernel
-    )  # one program for a gradient that is there already, and is scaled
-    wanted = {kernels.statistics_kernel: 1, kernels.fused_kernel: 1, gradient: 2}
+    monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
+
+
+def programs(kernel: Any) -> list[int]:
+    """How many were compiled, by device."""
+    return [len(found) for found, *_ in kernel.device_caches.values()]
+
+
+def test_one_program_for_any_number_of_rows(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever label is ignored, and however the upstream lies."""
+    # Of the gradient one more, which scales what is there already.
+    wanted = {kernels.statistics_kernel: 1, kernels.fused_kernel: 1, gradient_kernels.gradient_kernel: 2}
     for kernel in wanted:
-        monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
+        forgotten(kernel, monkeypatch)
     for rows, ignore_index in ((3, -100), (16, 0), (1, 1)):
         z, y = make("plain", rows, 515, torch.bfloat16)
         z, y = z.to(device).requires_grad_(), y.to(device)
@@ -172,20 +181,14 @@ def test_one_program_for_any_number_of_rows(device: str, monkeypatch: pytest.Mon
         loss.sum().backward(retain_graph=True)
         loss.backward(torch.full((rows,), 0.5, device=device))
     for kernel, count in wanted.items():
-        assert [len(programs) for programs, *_ in kernel.device_caches.values()] == [count], kernel.fn
+        assert programs(kernel) == [count], kernel.fn
 
 
 def test_one_finish_for_any_logits(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It reads states alone: one program for the batch's statistics and one for the loss."""
-    if launch.mode() == "interpreted":
-        pytest.skip("the interpreter compiles nothing")
-    finish = kernels.finish_kernel
-    monkeypatch.setattr(finish, "device_caches", defaultdict(finish.create_binder))
-    for rows, vocabulary, dtype in (
-        (3, 515, torch.float32),
-        (16, 512, torch.bfloat16),
-        (1, 37, torch.float16),
-    ):
+    forgotten(kernels.finish_kernel, monkeypatch)
+    shapes = ((3, 515, torch.float32), (16, 512, torch.bfloat16), (1, 37, torch.float16))
+    for rows, vocabulary, dtype in shapes:
         z, y = make("plain", rows, vocabulary, dtype)
         deft_loss(z.to(device), y.to(device), objective="cayley", backend="triton")
-    assert [len(programs) for programs, *_ in finish.device_caches.values()] == [2]
+    assert programs(kernels.finish_kernel) == [2]

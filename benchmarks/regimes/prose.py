@@ -12,9 +12,9 @@ What to take from it:
 - Labels right and the domain known: no objective but `neg_prob` is more than 0.6 points of top-1 from cross-entropy,
   and cross-entropy has the best loss. There is little to gain.
 - Labels wrong: the gates win, by a point where 30 % are.
-- The domain unknown: `neg_prob` falls 20 to 37 points behind, `deft` one to four; `cayley` is level with
-  cross-entropy on the cipher and one to three behind on the cells. Half known (C headers): `neg_prob` 5 to 7 behind, `deft` 0.3 to
-  1.3, `cayley` nearly one above.
+- The domain unknown: `neg_prob` falls 20 to 37 points behind, `deft` one to four; `cayley` is level with cross-entropy
+  on the cipher and one to three behind on the cells. Half known (C headers): `neg_prob` 5 to 7 behind, `deft` 0.3 to 1.3,
+  `cayley` nearly one above.
 - One symbol dominates the targets: `deft` collapses, because alpha takes imbalance for knowledge. A ramp or a cap on
   alpha, or some steps of cross-entropy first, repairs it; `cayley` and `eaft` do not need it.
 - All that sharpen pay for it in calibration: their -log p is worse, and a temperature afterwards gives part of it back.

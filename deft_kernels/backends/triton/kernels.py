@@ -105,6 +105,7 @@ def combine_kernel(
         store_state(joined + row.to(tl.int64) * SIZE, reduced, OPTIONS)
 
 
+# No column is addressed here, so the vocabulary is a number like others.
 @triton.jit(do_not_specialize=(*UNSPECIALISED, "vocabulary"))
 def finish_kernel(
     labels,  # [N] int64

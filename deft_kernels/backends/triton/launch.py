@@ -14,7 +14,7 @@ from torch import Tensor
 from ...core.spec import Spec, log2_scale
 from ...core.statistics import Field
 from ..choice import interpreted
-from .records import UNSPECIALISED, Numbers, Options, Plan, Strides, static
+from .records import Numbers, Options, Plan, Strides, static
 from .tuning import Launch
 
 
@@ -62,7 +62,7 @@ def kernel_for(kernel: Any, vocabulary: int) -> Any:
 
 @cache
 def _unspecialised(kernel: Any) -> Any:
-    return triton.jit(kernel.fn, do_not_specialize=[*UNSPECIALISED, "vocabulary"])
+    return triton.jit(kernel.fn, do_not_specialize=[*kernel.do_not_specialize, "vocabulary"])
 
 
 @cache
