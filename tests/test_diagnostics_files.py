@@ -13,7 +13,8 @@ import pytest
 import recorded
 import torch
 
-from deft_kernels.diagnostics import Recording
+from deft_kernels import row_statistics
+from deft_kernels.diagnostics import Recorder, Recording
 from deft_kernels.diagnostics.stored import find
 from deft_kernels.diagnostics.streaming import Rows
 
@@ -226,3 +227,62 @@ def test_safetensors_cut_short_or_wrong(tmp_path: Path) -> None:
     path.write_bytes(whole.replace(b'"F32"', b'"F4x"'))
     with pytest.raises(ValueError, match=r"a\.safetensors: logits: holds F4x; known"):
         find([path])
+
+
+@pytest.mark.parametrize("shape, offsets", [
+    (["4", 9], [0, 144]), ([4.0, 9], [0, 144]), ([-4, -9], [0, 144]), ([True, 36], [0, 144]),
+    ([[4], 9], [0, 144]), ("49", [0, 144]), (None, [0, 144]), ([4, 9], [-8, 136]), ([4, 9], [0.0, 144.0]),
+    ([4, 9], ["0", "144"]), ([4, 9], [0, 144, 288]), ([4, 9], [0]), ([4, 9], {}),
+])  # fmt: skip
+def test_places_that_are_none(tmp_path: Path, shape: object, offsets: object) -> None:
+    text = json.dumps({"logits": {"dtype": "F32", "shape": shape, "data_offsets": offsets}}).encode()
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(144))
+    with pytest.raises(ValueError, match=r"a\.safetensors: header: not a safetensors file"):
+        find([path])
+
+
+def test_a_header_of_brackets(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes((10**6).to_bytes(8, "little") + b"[" * 10**6)
+    with pytest.raises(ValueError, match=r"a\.safetensors: header: not a safetensors file"):
+        find([path])
+
+
+def refused_by_name_or_read(path: Path, read: Callable[[Path], object], step: int = 1) -> int:
+    """`read` of the file with one byte after another changed; returns how often that was refused."""
+    whole, refused = path.read_bytes(), 0
+    for place in range(0, len(whole), step):
+        for change in (1 << place % 8, 0xFF):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ change]) + whole[place + 1 :])
+            try:
+                read(path)
+            except ValueError as error:
+                assert str(error).startswith(f"{path}: "), (place, change)
+                refused += 1
+    return refused
+
+
+@pytest.mark.parametrize("name", ["a.npz", "a.safetensors"])
+def test_any_byte_of_stored_tensors_wrong(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if path.suffix == ".npz":
+        np.savez(path, logits=LOGITS, labels=LABELS)
+    else:
+        safetensors(path, logits=torch.zeros(4, 9), labels=torch.arange(4))
+    assert refused_by_name_or_read(path, lambda path: find([path])) > 100
+
+
+def test_any_byte_of_a_recording_wrong(tmp_path: Path) -> None:
+    """What is read in spite of it, as where a byte means nothing to the reader, is what was saved."""
+    path, recorder = tmp_path / "run.npz", Recorder(["nll"], tokens=1, slots=2)
+    recorder.add(row_statistics(torch.zeros(1, 3), torch.tensor([1])), torch.tensor([1]))
+    recorder.save(path)
+    saved = Recording.load(path)
+
+    def read(path: Path) -> None:
+        read = Recording.load(path)
+        for field in dataclasses.fields(Recording):
+            np.testing.assert_array_equal(getattr(saved, field.name), getattr(read, field.name))
+
+    assert refused_by_name_or_read(path, read, step=3) > 1000

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,21 +34,32 @@ def write(path: Path, fields: Mapping[str, np.ndarray]) -> None:
 
 
 @contextmanager
+def archive_of(path: Path, expected: str = "an npz file") -> Iterator[zipfile.ZipFile]:
+    """Raises: OSError where the file cannot be opened, ValueError naming it where it is no archive."""
+    with open(path, "rb") as file:
+        try:
+            archive = zipfile.ZipFile(file)
+        # A damaged directory sends zipfile to places before the file, or to versions it does not know.
+        except Exception as error:
+            raise ValueError(f"{path}: every field: not {expected}, or cut short ({error})") from error
+        with archive:
+            yield archive
+
+
+@contextmanager
 def read(path: Path) -> Iterator[Callable[[str], np.ndarray]]:
     """A function from a field's name to its array. Raises: ValueError naming the file and the field."""
-    try:
-        archive = zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{path}: every field: not an npz file, or cut short ({error})") from error
-    with archive:
+    with archive_of(path) as archive:
 
         def field(name: str) -> np.ndarray:
+            if f"{name}.npy" not in archive.NameToInfo:
+                raise ValueError(f"{path}: {name}: there is no such field")
             try:
-                with archive.open(f"{name}.npy") as member:
-                    return np.lib.format.read_array(member, allow_pickle=False)  # type: ignore[arg-type]
-            except KeyError as error:
-                raise ValueError(f"{path}: {name}: there is no such field") from error
-            except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
+                # Whole, so that its checksum is compared before NumPy reads a header out of it.
+                member = io.BytesIO(archive.read(f"{name}.npy"))
+                return np.lib.format.read_array(member, allow_pickle=False)
+            # Of zipfile, its decompressors, and NumPy, which tokenises the header as Python's own text.
+            except Exception as error:
                 raise ValueError(f"{path}: {name}: cannot be read ({error})") from error
 
         yield field

@@ -9,10 +9,13 @@ import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from .npz import archive_of
 
 NAMES = ("logits", "labels", "hidden", "weight", "bias")
 # Names that safetensors writes in its header.
@@ -86,6 +89,8 @@ def _stored(
 ) -> Stored:
     if kind not in DTYPES:
         raise ValueError(f"{path}: {field}: holds {kind}; known: {', '.join(DTYPES)}")
+    if any(n < 0 for n in shape):
+        raise ValueError(f"{path}: {field}: has shape {shape}")
     size = math.prod(shape) * DTYPES[kind].itemsize
     if offset + size != end or end > path.stat().st_size:
         raise ValueError(
@@ -105,30 +110,25 @@ def _safetensors(path: Path) -> dict[str, _Lazy]:
             raise ValueError(f"{path}: header: not a safetensors file, or cut short")
         try:
             header = json.loads(file.read(size))
-            fields = {
-                name: _Lazy(
-                    path,
-                    name,
-                    entry["dtype"],
-                    tuple(entry["shape"]),
-                    *(8 + size + o for o in entry["data_offsets"]),
-                )
+            return {
+                name: _entry(path, name, entry, 8 + size)
                 for name, entry in header.items()
                 if name != "__metadata__"
             }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        # The last for brackets in brackets in brackets.
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}: header: not a safetensors file ({error})") from error
-    return fields
+
+
+def _entry(path: Path, name: str, entry: dict[str, Any], start: int) -> _Lazy:
+    kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    if not isinstance(kind, str) or not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+        raise ValueError(f"{name}: {entry}")
+    return _Lazy(path, name, kind, shape, start + begin, start + end)
 
 
 def _npz(path: Path) -> dict[str, _Lazy]:
-    try:
-        archive = zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
-        raise ValueError(
-            f"{path}: every field: neither safetensors nor npz, or cut short ({error})"
-        ) from error
-    with archive:
+    with archive_of(path, "a safetensors or npz file") as archive:
         return {
             entry.filename.removesuffix(".npy"): _Lazy(
                 path, entry.filename.removesuffix(".npy"), member=entry
@@ -172,7 +172,8 @@ def _in_npz(path: Path, field: str, member: zipfile.ZipInfo) -> Stored:
             }
             shape, fortran, dtype = header[version](file)
             offset = file.tell()
-    except (KeyError, ValueError, struct.error) as error:
+    # NumPy tokenises and evaluates the header as Python's own text, with that one's errors.
+    except Exception as error:
         raise ValueError(f"{path}: {field}: no array of NumPy's, or cut short ({error})") from error
     if fortran and len(shape) > 1:
         raise ValueError(f"{path}: {field}: is in Fortran's order; write np.ascontiguousarray of it")
