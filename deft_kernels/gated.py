@@ -9,7 +9,8 @@ from torch import Tensor
 
 from . import objectives
 from .backends.pytorch.objectives import evaluate, outside_band
-from .core.checks import check_dense, check_no_transform, kind_of
+from .core.arguments import kind_of
+from .core.checks import check_dense, check_no_transform
 from .core.groups import batch_mean
 from .core.keywords import named
 from .core.statistics import Field, loss_dtype

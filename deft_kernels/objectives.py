@@ -29,8 +29,8 @@ from typing import Any, Literal, overload
 
 from torch import Tensor
 
+from .core.arguments import flag, kind_of, number
 from .core.bands import bounds
-from .core.checks import flag, kind_of, number
 from .core.groups import group_name
 from .row_objectives import RowObjective as RowObjective
 from .row_objectives import tsallis_of_rows as _tsallis_of_rows

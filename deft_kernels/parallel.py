@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from .core import checks
+from .core import arguments, checks
 from .core.groups import all_gather, group_name
 from .core.inputs import ahead
 
@@ -49,8 +49,8 @@ def shifted_labels(
     if layout not in LAYOUTS:
         raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
     group_name(group)
-    shift = checks.positions("shift", shift)
-    ignore_index = checks.label("ignore_index", ignore_index)
+    shift = arguments.positions("shift", shift)
+    ignore_index = arguments.label("ignore_index", ignore_index)
     checks.check_ignorable(labels, ignore_index)
     labels = labels.long()
     ranks, rank, stretches = group.size(), group.rank(), 1 if layout == "contiguous" else 2

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .core import checks
+from .core import arguments
 from .core.statistics import RowStatistics
 from .row_objectives import RowObjective, Values
 
@@ -65,10 +65,10 @@ def weighted(function: Callable[..., Tensor], *, name: str = "weighted", **row_i
         loss = deft_loss(logits, labels, objective=entropic)
     """
     if not callable(function):
-        raise TypeError(f"function: expected a function of RowStatistics, got {checks.kind_of(function)}")
+        raise TypeError(f"function: expected a function of RowStatistics, got {arguments.kind_of(function)}")
     for key, value in row_inputs.items():
         if not isinstance(value, Tensor):
-            raise TypeError(f"{key}: expected a Tensor of the labels' shape, got {checks.kind_of(value)}")
+            raise TypeError(f"{key}: expected a Tensor of the labels' shape, got {arguments.kind_of(value)}")
         if value.is_complex():
             raise TypeError(f"{key}: expected a real dtype, got {value.dtype}")
     return Weighted(name=name, function=function, inputs=dict(row_inputs))
@@ -90,7 +90,7 @@ def infosft(threshold: float = 0.93) -> Weighted:
     Source: InfoSFT, arXiv:2605.14967; its constant C is logit(threshold), and its weight that of the authors'
     training code, divided by C.
     """
-    threshold = checks.number("threshold", threshold, 0.5, above=True)
+    threshold = arguments.number("threshold", threshold, 0.5, above=True)
     if threshold >= 1.0:
         raise ValueError(f"threshold: expected a probability below 1, got {threshold}")
     scale = 1.0 / (math.log(threshold) - math.log1p(-threshold))
@@ -116,5 +116,5 @@ def mile(gamma: float = 1.0) -> Weighted:
 
     Source: MiLe Loss, arXiv:2310.19531.
     """
-    gamma = checks.number("gamma", gamma, 0.0)
+    gamma = arguments.number("gamma", gamma, 0.0)
     return weighted(lambda r: (1.0 + r.entropy) ** gamma, name="mile")

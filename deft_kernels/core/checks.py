@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 import os
 from typing import Any, NamedTuple
 
@@ -11,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .arguments import kind_of, real
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-REDUCTIONS = ("mean", "sum", "none")
 
 
 def validating() -> bool:
@@ -38,12 +37,6 @@ def check_dense(tensor: Tensor, name: str) -> None:
         )
     if tensor.layout != torch.strided:
         raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {tensor.layout}")
-
-
-def kind_of(value: Any) -> str:
-    """The type's name for a message, with its module where that is not Python's own: numpy.bool."""
-    kind = type(value)
-    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
 
 
 def check_logits(logits: Any, *, part: bool = False) -> None:
@@ -140,35 +133,6 @@ def check_label_range(labels: Tensor, vocabulary: int, ignore_index: int) -> Non
         )
 
 
-def check_reduction(reduction: Any) -> None:
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-
-
-def integer(name: str, value: Any) -> Any:
-    """`value`, NumPy's integers too, as an int; one that torch.compile made symbolic stays as it is."""
-    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
-        return value
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name}: expected an int, got {kind_of(value)}")
-    return int(value)
-
-
-def bytes_of(name: str, value: Any) -> int:
-    size: int = integer(name, value)
-    if size < 1:
-        raise ValueError(f"{name}: expected a positive number of bytes, got {size}")
-    return size
-
-
-def label(name: str, value: Any) -> Any:
-    """`value` as an int that a label can have."""
-    value = integer(name, value)
-    if not -(2**63) <= value < 2**63:
-        raise ValueError(f"{name}: expected an int64, as labels are, got {value}")
-    return value
-
-
 def check_ignorable(labels: Tensor, ignore_index: int) -> None:
     """In uint8 -100 is 156: rows that should be ignored would train that class."""
     if labels.dtype == torch.int64:
@@ -179,44 +143,6 @@ def check_ignorable(labels: Tensor, ignore_index: int) -> None:
             f"labels: {labels.dtype} holds {least} to {most} and so no ignore_index of {ignore_index}; give "
             f"labels of int64 or an ignore_index in that range"
         )
-
-
-def flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}: expected True or False, got {kind_of(value)}")
-    return value
-
-
-def positions(name: str, value: Any) -> Any:
-    """`value`, a bool or an int, as a number of positions; one that torch.compile made symbolic stays so."""
-    if isinstance(value, bool):
-        return int(value)
-    if not isinstance(value, (numbers.Integral, torch.SymInt)):
-        raise TypeError(f"{name}: expected True, False or a number of positions, got {kind_of(value)}")
-    count: Any = value if isinstance(value, torch.SymInt) else int(value)
-    if not count >= 0:
-        raise ValueError(f"{name}: expected a number of positions that is not negative, got {count}")
-    return count
-
-
-def real(name: str, value: Any) -> Any:
-    """`value`, NumPy's numbers too, as an int or float; one that torch.compile made symbolic stays so."""
-    if isinstance(value, (int, float, torch.SymInt)) and not isinstance(value, bool):
-        return value
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name}: expected a number, got {kind_of(value)}")
-    return float(value)
-
-
-def number(name: str, value: Any, low: float, high: float = math.inf, *, above: bool = False) -> float:
-    """`value` as a float within [low, high], or (low, high] with `above`."""
-    value = real(name, value)
-    # In comparisons, which torch.compile can trace for a symbolic float; NaN fails the first.
-    if not low <= value <= high or abs(value) == math.inf or (above and value == low):
-        raise ValueError(
-            f"{name}: expected a finite number in {'(' if above else '['}{low}, {high}], got {value}"
-        )
-    return float(value)
 
 
 def check_token_weight(token_weight: Any, labels: Tensor, logits: Tensor | Outline) -> None:

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from . import checks
+from . import arguments
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -76,8 +76,8 @@ def resolved(group: ProcessGroup | VocabShard, width: int, device: torch.device)
         start, size, known = _place(name, width, str(device), torch.compiler.is_compiling())
         return Shard(start, size, group.size(), name, known)
     name, ranks = group_name(group.group), group.group.size()
-    start = checks.integer("group: VocabShard.start", group.start)
-    size = checks.integer("group: VocabShard.size", group.size)
+    start = arguments.integer("group: VocabShard.start", group.start)
+    size = arguments.integer("group: VocabShard.size", group.size)
     short = ranks == 1 and width != size
     if start < 0 or start + width > size or short:
         alone = "; the group has one rank, which has to hold all of them" if short else ""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..objectives import TABLE, Objective, resolve
 from ..row_objectives import RowObjective
-from . import checks
+from . import arguments, checks
 from .agreement import validating
 from .groups import Shard, VocabShard, group_name, remember, resolved, vocabulary_of
 from .statistics import RowLoss
@@ -27,7 +27,7 @@ def described(objective: Any) -> Objective | RowObjective | RowLoss:
     if isinstance(objective, RowObjective):
         return objective
     if not callable(objective):
-        kind = checks.kind_of(objective)
+        kind = arguments.kind_of(objective)
         raise TypeError(
             f"objective: expected a name, an Objective or a function of RowStatistics, got {kind}"
         )

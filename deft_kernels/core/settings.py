@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..objectives import Objective, nll, of_statistics
 from ..row_objectives import Anchor, RowObjective, Terms
-from . import checks
+from . import arguments, checks
 from .agreement import fingerprint_of
 from .groups import Shard, VocabShard
 from .inputs import described
@@ -243,31 +243,31 @@ def checked(keywords: Mapping[str, Any], return_stats: bool = False) -> Request:
     """
     given = {**DEFAULTS, **keywords}
     reduction = given["reduction"]
-    checks.check_reduction(reduction)
-    scale = checks.number("logit_scale", given["logit_scale"], 0.0, above=True)
-    cap, anchor = given["softcap"], checks.number("anchor", given["anchor"], 0.0)
+    arguments.one_of("reduction", reduction, arguments.REDUCTIONS)
+    scale = arguments.number("logit_scale", given["logit_scale"], 0.0, above=True)
+    cap, anchor = given["softcap"], arguments.number("anchor", given["anchor"], 0.0)
     checks.check_anchor(anchor, given["reference_logp"])
     in_forward, chunk_bytes = given["grad_in_forward"], given["chunk_bytes"]
     return Request(
         described(given["objective"]),
         reduction,
-        checks.label("ignore_index", given["ignore_index"]),
+        arguments.label("ignore_index", given["ignore_index"]),
         given["token_weight"],
         given["weight"] if given["class_weight"] is None else given["class_weight"],
         checks.number_of_items(given["num_items"], reduction),
         given["reference_logp"],
-        checks.positions("shift", given["shift"]),
+        arguments.positions("shift", given["shift"]),
         # Both divided by the scale, so that no kernel multiplies by it.
-        0.0 if cap is None else checks.number("softcap", cap, 0.0, above=True) / scale,
-        checks.number("temperature", given["temperature"], 0.0, above=True) / scale,
-        checks.number("z_loss", given["z_loss"], 0.0),
-        checks.number("label_smoothing", given["label_smoothing"], 0.0, 1.0),
+        0.0 if cap is None else arguments.number("softcap", cap, 0.0, above=True) / scale,
+        arguments.number("temperature", given["temperature"], 0.0, above=True) / scale,
+        arguments.number("z_loss", given["z_loss"], 0.0),
+        arguments.number("label_smoothing", given["label_smoothing"], 0.0, 1.0),
         anchor,
-        checks.flag("inplace", given["inplace"]),
-        None if in_forward is None else checks.flag("grad_in_forward", in_forward),
-        None if chunk_bytes is None else checks.bytes_of("chunk_bytes", chunk_bytes),
-        checks.flag("skip_ignored", given["skip_ignored"]),
-        checks.flag("return_stats", return_stats),
+        arguments.flag("inplace", given["inplace"]),
+        None if in_forward is None else arguments.flag("grad_in_forward", in_forward),
+        None if chunk_bytes is None else arguments.bytes_of("chunk_bytes", chunk_bytes),
+        arguments.flag("skip_ignored", given["skip_ignored"]),
+        arguments.flag("return_stats", return_stats),
         given["group"],
         given["backend"],
     )

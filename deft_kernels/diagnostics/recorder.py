@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.checks import integer
+from ..core.arguments import integer
 from ..core.inputs import aligned
 from ..core.statistics import RowStatistics
 from ..dtensors import is_dtensor

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core.checks import integer
+from ...core.arguments import integer
 from ...core.statistics import RowStatistics
 from ...dtensors import is_dtensor
 from .proof import Calls
