@@ -193,7 +193,7 @@ class Terms(NamedTuple):
         """[4, N] of an objective (`Values`), [2, N] of an anchor (loss, slope), or [6, N] of both."""
         made: list[Tensor] = []
         if self.objective is not None:
-            made += self.objective.of(stats, valid, rows)
+            made.extend(self.objective.of(stats, valid, rows))
         if self.anchor is not None:
-            made += self.anchor.of(stats.logp, valid, rows)
+            made.extend(self.anchor.of(stats.logp, valid, rows))
         return torch.stack(made)

@@ -90,9 +90,6 @@ class Field(IntEnum):
     PEAK_GRAD and TARGET are the coefficients of the gradient for an upstream of 1 (`coefficients`).
     """
 
-    # Enum's own is a Python function that hashes the name, a third of a dictionary's time.
-    __hash__ = int.__hash__
-
     LOGP = 0
     LSE = 1
     COLLISION = 2
