@@ -9,10 +9,12 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "sass_report.py"
 ARCHITECTURES = ("80", "90", "100", "gfx942")
@@ -126,9 +128,17 @@ def chosen(compiled: list[dict], variants: list[tuple[str, ...]]) -> list[dict]:
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_no_spills_and_no_stack(arch: str, everything: bool, compiled: list[dict]) -> None:
+def test_no_spills_and_no_stack(
+    arch: str, everything: bool, compiled: list[dict], request: pytest.FixtureRequest
+) -> None:
     """With --everything every objective, every form of the gradient, and every option at once, in 2 and 4
     bytes."""
+    if arch == "100" and Version(version("triton")) < Version("3.9"):
+        # With a bound on registers that was measured on Hopper; ptxas 13.4, of Triton 3.9, keeps within it.
+        spills = (
+            "Triton 3.6's ptxas 12.9 for Blackwell spills 8 bytes in `fused`, 84 where the rows are narrow"
+        )
+        request.applymarker(pytest.mark.xfail(reason=spills))
     assert_lean(chosen(compiled, wanted(arch, everything)))
 
 
