@@ -7,9 +7,10 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from .core.checks import check_weights
 from .core.inputs import described
 from .core.keywords import named, showing, unknown
-from .core.settings import DEFAULTS, OfBatch, OfHidden, OfLogits
+from .core.settings import DEFAULTS, OfBatch, OfHidden, OfLogits, check_values
 from .core.statistics import RowStatistics
 from .functional import deft_loss
 from .linear import fused_linear_deft_loss
@@ -28,9 +29,14 @@ class _Loss(nn.Module):
                 raise TypeError(f"{name}: belongs to the call of a {title}, {title}(...)(..., {name}=...)")
             if name not in known:
                 raise unknown(title, known, name)
+        check_values(keywords)
         # An objective that is a module has its parameters trained, moved and saved with this one.
         self.objective = described(keywords.get("objective", DEFAULTS["objective"]))
         self.keywords = {name: value for name, value in keywords.items() if name != "objective"}
+
+    def _hold(self, name: str, weight: Any) -> None:
+        check_weights(weight, name)
+        self.register_buffer(name, weight)
 
     def extra_repr(self) -> str:
         objective = self.objective
@@ -44,7 +50,7 @@ class DEFTLoss(_Loss):
     Args: the keywords of `deft_loss`; `weight` [V] becomes a buffer, so that it moves with the module, and
         an `objective` that is a module becomes a submodule. token_weight and num_items go with each call.
     Shape: logits [..., V], labels [...]; a scalar, or [...] with reduction="none".
-    Raises: as `deft_loss`; for an unknown keyword or objective when the module is made.
+    Raises: as `deft_loss`; for a wrong keyword, or value of one, when the module is made.
     """
 
     weight: Tensor | None
@@ -54,7 +60,7 @@ class DEFTLoss(_Loss):
         self, weight: Tensor | None = None, *, return_stats: bool = False, **keywords: Unpack[OfLogits]
     ):
         super().__init__("weight", OfLogits, {"return_stats": return_stats, **keywords})
-        self.register_buffer("weight", weight)
+        self._hold("weight", weight)
 
     @named
     @showing(OfBatch)
@@ -71,7 +77,7 @@ class FusedLinearDEFTLoss(_Loss):
     Args: the keywords of `fused_linear_deft_loss`; `class_weight` [V] becomes a buffer, and an `objective`
         that is a module a submodule. token_weight and num_items go with each call.
     Shape: hidden [..., D], weight [V, D], labels [...], bias [V]; a scalar, or [...] with reduction="none".
-    Raises: as `fused_linear_deft_loss`; for an unknown keyword or objective when the module is made.
+    Raises: as `fused_linear_deft_loss`; for a wrong keyword, or value of one, when the module is made.
     """
 
     class_weight: Tensor | None
@@ -85,7 +91,7 @@ class FusedLinearDEFTLoss(_Loss):
         **keywords: Unpack[OfHidden],
     ):
         super().__init__("class_weight", OfHidden, {"return_stats": return_stats, **keywords})
-        self.register_buffer("class_weight", class_weight)
+        self._hold("class_weight", class_weight)
 
     @named
     @showing(OfBatch)

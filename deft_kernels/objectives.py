@@ -29,7 +29,7 @@ from typing import Any, Literal, overload
 
 from torch import Tensor
 
-from .core.arguments import flag, kind_of, number
+from .core.arguments import flag, kind_of, number, one_of
 from .core.bands import bounds
 from .core.groups import group_name
 from .row_objectives import RowObjective as RowObjective
@@ -83,12 +83,13 @@ class Objective:
     batch_group: str = ""
 
     def __post_init__(self) -> None:
-        if self.family not in FOCI:
-            raise ValueError(f"family: unknown {self.family!r}; known: {', '.join(FOCI)}")
-        if self.focus not in FOCI[self.family]:
+        one_of("family", self.family, FOCI)
+        if not isinstance(self.focus, str) or self.focus not in FOCI[self.family]:
             known = ", ".join(FOCI[self.family])
             raise ValueError(f"focus: {self.family!r} has none called {self.focus!r}; known: {known}")
         flag("detach", self.detach)
+        if not isinstance(self.batch_group, str):
+            raise TypeError(f"batch_group: expected the name of a group, got {kind_of(self.batch_group)}")
         number("alpha", self.alpha, 0.0)
         number("eps", self.eps, 0.0)
         number("power", self.power, 0.0, above=True)
@@ -171,7 +172,7 @@ def tsallis(alpha: float | Tensor | None = None, *, q: float | None = None) -> O
         gradient; TypeError for a tensor of integers.
     """
     if (alpha is None) == (q is None):
-        raise ValueError("tsallis: give exactly one of alpha and q (q = 1 - alpha)")
+        raise ValueError("alpha, q: give exactly one of them (q = 1 - alpha)")
     if isinstance(alpha, Tensor):
         return _tsallis_of_rows(alpha)
     value = number("alpha", alpha, 0.0) if alpha is not None else 1.0 - number("q", q, -math.inf, 1.0)
@@ -188,7 +189,7 @@ def deft(order: float = 2, *, detach: bool = True, eps: float = 0.0) -> Objectiv
     Source: arXiv:2602.11424. Raises: ValueError for another order.
     """
     foci: dict[float, Focus] = {2.0: "collision", 1.0: "shannon", math.inf: "max_prob"}
-    if isinstance(order, bool) or not isinstance(order, numbers.Real) or float(order) not in foci:
+    if isinstance(order, bool) or not isinstance(order, numbers.Real) or order not in foci:
         raise ValueError(f"order: expected 1, 2 or math.inf, got {order!r}")
     eps = number("eps", eps, 0.0)
     return Objective("deft", "deformed", foci[float(order)], detach=flag("detach", detach), eps=eps)
@@ -265,7 +266,8 @@ def eaft(power: float = 1.0, *, top_k: float = 20, detach: bool = True) -> Objec
 
 def of_statistics(with_max: bool = True) -> Objective:
     """No loss at all: the row statistics themselves, each differentiable (`row_statistics`)."""
-    return Objective("statistics", "none", "statistics+max" if with_max else "statistics", detach=False)
+    focus: Focus = "statistics+max" if flag("with_max", with_max) else "statistics"
+    return Objective("statistics", "none", focus, detach=False)
 
 
 TABLE: dict[str, Callable[..., Objective]] = {

@@ -46,8 +46,7 @@ def shifted_labels(
         raise TypeError("labels: expected a Tensor of integers")
     if labels.dim() == 0:
         raise ValueError("labels: expected a time dimension, got a scalar")
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
+    arguments.one_of("layout", layout, LAYOUTS)
     group_name(group)
     shift = arguments.positions("shift", shift)
     ignore_index = arguments.label("ignore_index", ignore_index)

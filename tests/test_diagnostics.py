@@ -173,7 +173,7 @@ def test_channels_are_apart() -> None:
         np.testing.assert_allclose(found.mass[3, number], alone.mass[3, 0], rtol=1e-12)
         assert found.mean("entropy", name) == pytest.approx(alone.mean("entropy"))
         assert found.histogram("p", name).sum() == int((labels[mine] != -100).sum())
-    with pytest.raises(ValueError, match="channel: unknown 'd'; known: a, b, c"):
+    with pytest.raises(ValueError, match="channel: expected one of a, b, c, got 'd'"):
         found.mean("p", "d")
 
 

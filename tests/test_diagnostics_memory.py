@@ -113,7 +113,7 @@ def test_nothing_waits_for_the_device() -> None:
     [
         ({"objectives": "deft"}, "objectives: expected a sequence"),
         ({"objectives": []}, "objectives: none given"),
-        ({"objectives": ["gate"]}, "objective: unknown name 'gate'"),
+        ({"objectives": ["gate"]}, "objectives: unknown name 'gate'"),
         ({"objectives": [objectives.deft(), objectives.deft(1)]}, "objectives: two are called 'deft'"),
         ({"objectives": [objectives.deft(detach=False)]}, "objectives: 'deft' has detach=False"),
         ({"channels": "strong"}, "channels: expected names that differ"),

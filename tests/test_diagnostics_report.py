@@ -211,7 +211,7 @@ def test_a_report_of_hidden_states_is_that_of_their_logits(tmp_path: Path) -> No
         ({"labels": np.full(4, -100)}, (), "a.npz: labels: every label is the ignored one, -100"),
         ({"labels": np.arange(3)}, (), "a.npz: labels: has shape (3,)"),
         ({"logits": np.full((4, 9), np.nan, np.float32)}, (), "a.npz: logits: row 0 "),
-        ({}, ("--objective", "gate"), "objective: unknown name 'gate'"),
+        ({}, ("--objective", "gate"), "objectives: unknown name 'gate'"),
         ({}, ("--tensor", "logit=x"), "--tensor: expected NAME=IN_FILE with NAME of logits"),
         ({}, ("--tensor", "logits=x"), "a.npz: x: no file has a tensor of this name"),
     ],

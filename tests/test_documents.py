@@ -276,7 +276,7 @@ def test_commands_exist(page: str, line: str) -> None:
             selects_tests(arguments)
         elif program.endswith(("python", "python3")) and arguments[0] == "-m":
             # Not by find_spec: setuptools hooks into that, and warns where distutils was imported.
-            assert PathFinder.find_spec(arguments[1]) is not None
+            assert PathFinder.find_spec(arguments[1], [str(ROOT), *sys.path]) is not None
         elif program.endswith("python"):
             assert (ROOT / arguments[0]).is_file()
             knows(arguments)

@@ -294,7 +294,7 @@ def test_modules():
         (lambda: {"objective": objectives.tsallis(torch.ones(N, dtype=torch.complex64))}, "^alpha: "),
         (lambda: {"objective": objectives.tsallis(torch.rand(N, requires_grad=True))}, "^alpha: .* gradient"),
         (lambda: {"objective": objectives.tsallis(torch.rand(N).to_sparse())}, "^alpha: "),
-        (lambda: {"objective": objectives.tsallis(torch.rand(N), q=0.5)}, "^tsallis: give exactly one"),
+        (lambda: {"objective": objectives.tsallis(torch.rand(N), q=0.5)}, "^alpha, q: give exactly one"),
         (lambda: {"objective": objectives.tsallis(torch.rand(N + 1))}, "^alpha: expected the labels' shape"),
         (
             lambda: {"objective": objectives.tsallis(torch.rand(N) - 2)},

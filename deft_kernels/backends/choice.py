@@ -8,7 +8,6 @@ import sys
 
 import torch
 
-BACKENDS = ("auto", "triton", "torch", "reference")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -71,10 +70,9 @@ def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
 def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """Resolve "auto": Triton on a GPU that it supports, PyTorch otherwise, always PyTorch for float64.
 
-    Raises: ValueError for an unknown name, RuntimeError when "triton" is asked for where it cannot run.
+    backend: one of `core.arguments.BACKENDS`.
+    Raises: RuntimeError when "triton" is asked for where it cannot run.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: unknown name {backend!r}; known: {', '.join(BACKENDS)}")
     if backend in ("torch", "reference"):
         return backend
     if backend == "auto" and device.type == "cpu":

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import torch
 
 REDUCTIONS = ("mean", "sum", "none")
+LARGEST = sys.float_info.max
+BACKENDS = ("auto", "triton", "torch", "reference")
 
 
 def kind_of(value: Any) -> str:
@@ -18,9 +22,10 @@ def kind_of(value: Any) -> str:
     return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
 
 
-def one_of(name: str, value: Any, known: Collection[str]) -> None:
+def one_of(name: str, value: Any, known: Collection[str]) -> str:
     if not isinstance(value, str) or value not in known:
         raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r:.80}")
+    return value
 
 
 def integer(name: str, value: Any) -> Any:
@@ -78,8 +83,35 @@ def number(name: str, value: Any, low: float, high: float = math.inf, *, above: 
     """`value` as a float within [low, high], or (low, high] with `above`."""
     value = real(name, value)
     # In comparisons, which torch.compile can trace for a symbolic float; NaN fails the first.
-    if not low <= value <= high or abs(value) == math.inf or (above and value == low):
+    if not low <= value <= high or abs(value) > LARGEST or (above and value == low):
         raise ValueError(
             f"{name}: expected a finite number in {'(' if above else '['}{low}, {high}], got {value}"
         )
     return float(value)
+
+
+def names(name: str, value: Any) -> tuple[str, ...]:
+    """Texts that differ, perhaps none."""
+    try:
+        found = () if isinstance(value, str) else tuple(value)
+    except (TypeError, RuntimeError):
+        raise TypeError(f"{name}: expected names that differ, got {kind_of(value)}") from None
+    texts = not isinstance(value, str) and all(isinstance(text, str) and text for text in found)
+    if not texts or len(set(found)) != len(found):
+        raise ValueError(f"{name}: expected names that differ, got {value!r:.80}")
+    return found
+
+
+def device(name: str, value: Any) -> torch.device:
+    try:
+        return torch.device(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{name}: expected a device, got {value!r:.80} ({error})") from error
+
+
+def path(name: str, value: Any) -> Path:
+    try:
+        return Path(value)
+    except TypeError as error:
+        raise TypeError(f"{name}: expected a path, got {kind_of(value)}") from error

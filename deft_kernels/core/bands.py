@@ -33,8 +33,8 @@ def bounds(keep: str | tuple[float, float]) -> tuple[float, float]:
     else:
         try:
             low, high = (float(bound) for bound in keep)
-        except (TypeError, ValueError):
-            raise ValueError(f"keep: {keep!r} is not a band; accepted: 'p>=A' or a pair (A, B)") from None
+        except (TypeError, ValueError, OverflowError, RuntimeError):
+            raise ValueError(f"keep: {keep!r:.80} is not a band; accepted: 'p>=A' or a pair (A, B)") from None
     if not 0.0 <= low <= high <= 1.0:
         raise ValueError(f"keep: bounds must satisfy 0 <= low <= high <= 1, got ({low}, {high})")
     return low, high

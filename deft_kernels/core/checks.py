@@ -177,7 +177,8 @@ def check_anchor(anchor: float, reference_logp: Any) -> None:
         raise ValueError("reference_logp: needs anchor, the factor of the distance from it, above 0")
 
 
-def check_class_weight(weight: Any, logits: Tensor | Outline, vocabulary: int, name: str = "weight") -> None:
+def check_weights(weight: Any, name: str) -> None:
+    """What can be said of class weights without the vocabulary."""
     if weight is None:
         return
     if not isinstance(weight, Tensor):
@@ -185,12 +186,20 @@ def check_class_weight(weight: Any, logits: Tensor | Outline, vocabulary: int, n
     if not weight.is_floating_point():
         raise TypeError(f"{name}: expected a floating dtype, got {weight.dtype}")
     check_dense(weight, name)
+    if weight.requires_grad:
+        raise ValueError(f"{name}: class weights are not differentiated; detach them")
+    if weight.dim() != 1:
+        raise ValueError(f"{name}: expected one weight a class, shape (V,), got {tuple(weight.shape)}")
+
+
+def check_class_weight(weight: Any, logits: Tensor | Outline, vocabulary: int, name: str = "weight") -> None:
+    if weight is None:
+        return
+    check_weights(weight, name)
     if weight.shape != (vocabulary,):
         raise ValueError(
             f"{name}: expected one weight a class, shape ({vocabulary},), got {tuple(weight.shape)}"
         )
-    if weight.requires_grad:
-        raise ValueError(f"{name}: class weights are not differentiated; detach them")
     _same_device(name, weight, logits)
 
 
@@ -211,8 +220,8 @@ def number_of_items(num_items: Any, reduction: str) -> Any:
                 raise ValueError(f"num_items: expected a number that is not negative, got {value}")
         return num_items
     num_items = real("num_items", num_items)
-    if not num_items > 0:
-        raise ValueError(f"num_items: expected a positive number, got {num_items}")
+    if not 0 < num_items < 2**63:
+        raise ValueError(f"num_items: expected a positive number below 2^63, got {num_items!s:.20}")
     return num_items
 
 

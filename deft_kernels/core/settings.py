@@ -242,8 +242,7 @@ def checked(keywords: Mapping[str, Any], return_stats: bool = False) -> Request:
     Raises: TypeError, ValueError that name the keyword, for a value that no call can honour.
     """
     given = {**DEFAULTS, **keywords}
-    reduction = given["reduction"]
-    arguments.one_of("reduction", reduction, arguments.REDUCTIONS)
+    reduction: Any = arguments.one_of("reduction", given["reduction"], arguments.REDUCTIONS)
     scale = arguments.number("logit_scale", given["logit_scale"], 0.0, above=True)
     cap, anchor = given["softcap"], arguments.number("anchor", given["anchor"], 0.0)
     checks.check_anchor(anchor, given["reference_logp"])
@@ -269,5 +268,16 @@ def checked(keywords: Mapping[str, Any], return_stats: bool = False) -> Request:
         arguments.flag("skip_ignored", given["skip_ignored"]),
         arguments.flag("return_stats", return_stats),
         given["group"],
-        given["backend"],
+        arguments.one_of("backend", given["backend"], arguments.BACKENDS),
     )
+
+
+def check_values(keywords: Mapping[str, Any]) -> None:
+    """Of keywords that are written before the first batch comes, so that a wrong one raises where it stands.
+
+    Raises: as `checked`, but for what needs a keyword of `OfBatch` beside it.
+    """
+    checked({**keywords, "anchor": 0.0}, keywords.get("return_stats", False))
+    arguments.number("anchor", keywords.get("anchor", 0.0), 0.0)
+    for name in ("weight", "class_weight"):
+        checks.check_weights(keywords.get(name), name)

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .arguments import kind_of
+
 
 class RowStatistics(NamedTuple):
     """Statistics of each row; every tensor has the labels' shape, fp32 (fp64 for fp64 logits), in nats.
@@ -35,6 +37,11 @@ class RowStatistics(NamedTuple):
     alpha: Tensor | None = None
     gate: Tensor | None = None
     predicted: Tensor | None = None
+
+
+def check_statistics(stats: object) -> None:
+    if not isinstance(stats, RowStatistics):
+        raise TypeError(f"stats: expected RowStatistics, got {kind_of(stats)}")
 
 
 # An objective of the caller's own: each row's loss from differentiable statistics.

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from .. import objectives as table
 from ..backends.pytorch.objectives import evaluate, outside_band
-from ..core.statistics import Field, RowStatistics
+from ..core.arguments import kind_of
+from ..core.checks import check_dense
+from ..core.statistics import Field, RowStatistics, check_statistics
 from ..objectives import Objective
 
 Objectives = Sequence[str | Objective] | Mapping[str, str | Objective]
@@ -28,10 +30,12 @@ def named(objectives: Objectives) -> dict[str, Objective]:
     """Names and descriptions. Raises: ValueError, TypeError for what has no gate that is held constant."""
     if isinstance(objectives, str):
         raise TypeError(f"objectives: expected a sequence or a mapping, got the text {objectives!r}")
+    if not isinstance(objectives, Sequence | Mapping):
+        raise TypeError(f"objectives: expected a sequence or a mapping, got {kind_of(objectives)}")
     if isinstance(objectives, Mapping):
-        pairs = [(name, table.resolve(value)) for name, value in objectives.items()]
+        pairs = [(name, _resolved(value)) for name, value in objectives.items()]
     else:
-        pairs = [(v if isinstance(v, str) else v.name, table.resolve(v)) for v in objectives]
+        pairs = [(v if isinstance(v, str) else _resolved(v).name, _resolved(v)) for v in objectives]
     if not pairs:
         raise ValueError("objectives: none given")
     names = [name for name, _ in pairs]
@@ -48,6 +52,13 @@ def named(objectives: Objectives) -> dict[str, Objective]:
                 f"objectives: {name!r} has a batch_group; a recorder looks at this process's rows"
             )
     return dict(pairs)
+
+
+def _resolved(value: str | Objective) -> Objective:
+    try:
+        return table.resolve(value)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"objectives: {str(error).removeprefix('objective: ')}") from error
 
 
 def gate_of(objective: Objective, stats: RowStatistics, mean_prob: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,11 +84,19 @@ def gradient_norm(stats: RowStatistics, gate: Tensor | None = None) -> Tensor:
 
     Args: stats: of the rows; gate: [...], None takes stats.gate.
     Returns: [...], in the dtype of the statistics. Of an ignored row it means nothing.
-    Raises: ValueError where neither has a gate.
+    Raises: ValueError where neither has a gate, or for one of another shape; TypeError for other statistics.
     """
+    check_statistics(stats)
     gate = stats.gate if gate is None else gate
     if gate is None:
         raise ValueError("gate: neither given nor in the statistics, as `row_statistics` has none")
+    if not isinstance(gate, Tensor):
+        raise TypeError(f"gate: expected a Tensor, got {kind_of(gate)}")
+    check_dense(gate, "gate")
+    if gate.shape != stats.logp.shape:
+        raise ValueError(
+            f"gate: expected the statistics' shape {tuple(stats.logp.shape)}, got {tuple(gate.shape)}"
+        )
     # S - 2 p + 1 = (1 - p)^2 + the other classes' squares: of a confident row each part keeps its digits.
     p = stats.logp.exp()
     others = (stats.collision - p * p).clamp(min=0)

@@ -14,7 +14,7 @@ import numpy as np
 
 def write(path: Path, fields: Mapping[str, np.ndarray]) -> None:
     """Raises: OSError naming the file and the field; then nothing of this writing is left."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside = path.parent / f".{path.name}.{os.getpid()}"
     name = "the file"
     try:
         try:

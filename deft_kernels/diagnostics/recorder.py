@@ -10,9 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.arguments import integer
+from ..core.arguments import device as device_of
+from ..core.arguments import integer, kind_of, label, names, positions
+from ..core.arguments import path as path_of
+from ..core.checks import INTEGERS, check_dense
+from ..core.groups import group_name
 from ..core.inputs import aligned
-from ..core.statistics import RowStatistics
+from ..core.statistics import RowStatistics, check_statistics
 from ..dtensors import is_dtensor
 from .bins import ALPHA, ENTROPY, P
 from .gates import DEFAULT, Objectives, gate_of, gradient_norm, named
@@ -62,9 +66,9 @@ class Recorder:
         device: torch.device | str | None = None,
     ):
         self.objectives = named(objectives)
-        if isinstance(channels, str) or not channels or len(set(channels)) != len(channels):
-            raise ValueError(f"channels: expected names that differ, got {channels!r}")
-        self.channels = tuple(channels)
+        self.channels = names("channels", channels)
+        if not self.channels:
+            raise ValueError("channels: expected at least one name")
         self.size, self.slots = integer("tokens", tokens), integer("slots", slots)
         self.seed, self.ignore_index = integer("seed", seed), integer("ignore_index", ignore_index)
         if self.size < 1:
@@ -73,7 +77,7 @@ class Recorder:
             raise ValueError(f"slots: expected an even number from 2 on, got {slots}")
         self.stride = 1  # steps in a slot
         self.calls = self.positions = 0
-        self._device = None if device is None else torch.device(device)
+        self._device = None if device is None else device_of("device", device)
         self._tables: dict[str, Tensor] = {}
         self._sample: Sample | None = None
         self._gate = ""
@@ -105,12 +109,14 @@ class Recorder:
             counted: `Recording.left_out`.
         """
         rows, counted, words = self._checked(stats, labels, shift)
-        channels = self._channel(channel, rows.logp)
-        tokens = self._ids(ids, rows.logp)
-        self._start(rows)
-        step = self.calls if step is None else integer("step", step)
+        gate, channels = self._whose(stats), self._channel(channel, rows.logp)
+        step = self.calls if step is None else label("step", step)
         if step < 0:
             raise ValueError(f"step: expected 0 or more, got {step}")
+        # Up to here nothing has changed: after a call that raises, the recorder is as it was.
+        tokens = self._ids(ids, rows.logp)
+        self._start(rows)
+        self._gate = gate
         self.calls += 1
         while step // self.stride >= self.slots:
             self._halve()
@@ -129,7 +135,9 @@ class Recorder:
 
     def recording(self, group: Any = None) -> Recording:
         """What was recorded, on the host. With a torch.distributed group: that of all its ranks, which have
-        to call it together; the ranks' recorders have to be made alike."""
+        to call it together; the ranks' recorders have to be made alike. Raises: TypeError for no group."""
+        if group is not None:
+            group_name(group)
         if not self._tables:
             self._begin(self._device or torch.device("cpu"))
         tables, sample, gate = self._tables, self._sample, self._gate
@@ -156,6 +164,7 @@ class Recorder:
 
     def save(self, path: str | Path, group: Any = None) -> None:
         """Write `recording(group)`; with a group only its first rank writes, and all have to call it."""
+        path = path_of("path", path)
         found = self.recording(group)
         if group is None or torch.distributed.get_rank(group) == 0:
             found.save(path)
@@ -164,8 +173,13 @@ class Recorder:
         self, stats: RowStatistics, labels: Tensor, shift: bool
     ) -> tuple[RowStatistics, Tensor, Tensor]:
         """Flat statistics in the tables' dtype, the rows that count, and the labels or -1."""
-        if not isinstance(stats, RowStatistics):
-            raise TypeError(f"stats: expected RowStatistics, got {type(stats).__name__}")
+        check_statistics(stats)
+        if not isinstance(labels, Tensor):
+            raise TypeError(f"labels: expected a Tensor, got {kind_of(labels)}")
+        check_dense(labels, "labels")
+        if labels.dtype not in (torch.bool, *INTEGERS):
+            raise TypeError(f"labels: expected integers, or a mask of bool, got {labels.dtype}")
+        shift = positions("shift", shift)
         if is_dtensor(stats.logp) or is_dtensor(labels):
             raise TypeError("stats: a recorder takes this rank's own rows; pass to_local() of each field")
         if labels.shape != stats.logp.shape:
@@ -183,18 +197,25 @@ class Recorder:
         # Doubles, because a run has more tokens than fp32 can count; Apple's devices have none.
         dtype = torch.float32 if device.type == "mps" else torch.float64
         flat = (None if s is None else s.detach().reshape(-1).to(dtype) for s in stats)
+        return RowStatistics(*flat), counted.to(device), words.to(device)  # type: ignore[arg-type]
+
+    def _whose(self, stats: RowStatistics) -> str:
+        """Whose gate the statistics bring, or the recorder works out."""
         own = self._gate or ("the loss" if stats.gate is not None else next(iter(self.objectives)))
         if (own == "the loss") != (stats.gate is not None):
             raise ValueError(
                 f"stats: gate: is of {own} so far, and these statistics have another; use two recorders"
             )
-        self._gate = own
-        return RowStatistics(*flat), counted.to(device), words.to(device)  # type: ignore[arg-type]
+        return own
 
     def _channel(self, channel: Tensor | int, like: Tensor) -> Tensor:
         if not isinstance(channel, Tensor):
-            channel = torch.full_like(like, integer("channel", channel), dtype=torch.int64)
-        if channel.is_floating_point() or channel.numel() != like.numel():
+            number: int = integer("channel", channel)
+            if not 0 <= number < len(self.channels):
+                raise ValueError(f"channel: {number} is outside [0, {len(self.channels)})")
+            return torch.full_like(like, number, dtype=torch.int64)
+        check_dense(channel, "channel")
+        if channel.dtype not in INTEGERS or channel.numel() != like.numel():
             raise ValueError(
                 f"channel: expected {like.numel()} integers, got {channel.dtype} {tuple(channel.shape)}"
             )
@@ -212,6 +233,9 @@ class Recorder:
             first = self.positions + (torch.distributed.get_rank() * IDS_A_RANK if distributed else 0)
             self.positions += like.numel()
             return torch.arange(first, first + like.numel(), device=like.device)
+        if not isinstance(ids, Tensor):
+            raise TypeError(f"ids: expected a Tensor of int64, got {kind_of(ids)}")
+        check_dense(ids, "ids")
         if ids.dtype != torch.int64 or ids.numel() != like.numel():
             raise ValueError(f"ids: expected {like.numel()} int64, got {ids.dtype} {tuple(ids.shape)}")
         return ids.reshape(-1).to(like.device)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..core.arguments import one_of
+from ..core.arguments import path as path_of
 from .bins import ALPHA, ENTROPY, P
 from .npz import read, write
 from .sample import INTEGERS, NUMBERS
@@ -58,26 +60,21 @@ class Recording:
         """The numbers of a channel, or of all. Raises: ValueError for a name that is none."""
         if channel is None:
             return list(range(len(self.channels)))
-        if channel not in self.channels:
-            raise ValueError(f"channel: unknown {channel!r}; known: {', '.join(self.channels)}")
-        return [self.channels.index(channel)]
+        return [self.channels.index(one_of("channel", channel, self.channels))]
 
     def number(self, objective: str) -> int:
-        if objective not in self.objectives:
-            raise ValueError(
-                f"objective: {objective!r} is not recorded; recorded: {', '.join(self.objectives)}"
-            )
-        return self.objectives.index(objective)
+        return self.objectives.index(one_of("objective", objective, self.objectives))
 
     def token(self, name: str) -> np.ndarray:
         """One column of the sample: "id", "step", "channel", "label", "logp", "entropy", "alpha", ..."""
-        if name in INTEGERS:
+        if one_of("name", name, (*INTEGERS, *NUMBERS)) in INTEGERS:
             return self.tokens[:, INTEGERS.index(name)]
         return self.values[:, NUMBERS.index(name)]
 
     def histogram(self, of: str, channel: str | None = None) -> np.ndarray:
         """Tokens in each bin of "p", "alpha" or "entropy"."""
-        table, axis = {"p": ("p_entropy", 1), "alpha": ("p_alpha", 0), "entropy": ("p_entropy", 0)}[of]
+        tables = {"p": ("p_entropy", 1), "alpha": ("p_alpha", 0), "entropy": ("p_entropy", 0)}
+        table, axis = tables[one_of("of", of, tables)]
         counts: np.ndarray = getattr(self, table)[self.of(channel)].sum(0)
         return counts.sum(axis)
 
@@ -85,7 +82,7 @@ class Recording:
         """(first step of each interval that has tokens, mean, standard deviation over its tokens)."""
         table = self.series[:, self.of(channel)].sum(1)
         taken = table[:, 0] > 0
-        count, place = table[taken, 0], MOMENTS.index(of)
+        count, place = table[taken, 0], MOMENTS.index(one_of("of", of, AVERAGED))
         # A target of probability 0 makes the mean of -logp infinite, and its spread none.
         with np.errstate(invalid="ignore"):
             mean, square = table[taken, place] / count, table[taken, place + 1] / count
@@ -95,20 +92,21 @@ class Recording:
     def mean(self, of: str, channel: str | None = None) -> float:
         """Over all tokens; NaN without any."""
         table = self.series[:, self.of(channel)].sum((0, 1))
-        return float(table[MOMENTS.index(of)] / table[0]) if table[0] else float("nan")
+        place = MOMENTS.index(one_of("of", of, AVERAGED))
+        return float(table[place] / table[0]) if table[0] else float("nan")
 
     def save(self, path: str | Path) -> None:
         """Raises: OSError, naming the file and the field that could not be written; no file is left half
         written, and one that was there before stays as it was."""
         values = {"version": np.array(VERSION)}
         values |= {field.name: np.asarray(getattr(self, field.name)) for field in fields(self)}
-        write(Path(path), values)
+        write(path_of("path", path), values)
 
     @classmethod
     def load(cls, path: str | Path) -> Recording:
         """Raises: ValueError for a file of another version, cut short, or with a field that is missing or
         wrong, naming the file and the field; OSError where it cannot be opened."""
-        path = Path(path)
+        path = path_of("path", path)
         with read(path) as field:
             version = field("version")
             if version.shape != () or version.dtype.kind != "i" or version != VERSION:

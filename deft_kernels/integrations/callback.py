@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import TrainerCallback
 
+from ..core.arguments import path as path_of
 from ..core.statistics import RowStatistics
 from ..diagnostics import Recorder
 from ._shared.checks import refuse_dividing_twice, refuse_label_smoothing, refuse_means_of_means
@@ -141,7 +142,7 @@ class RecordingCallback(TrainerCallback):  # type: ignore[misc]
                 f"recorder: its channels are {', '.join(recorder.channels)}, those of the statistics "
                 f"{', '.join(statistics.channels) or 'none'}; make both with the same"
             )
-        self.statistics, self.recorder, self.path = statistics, recorder, Path(path)
+        self.statistics, self.recorder, self.path = statistics, recorder, path_of("path", path)
         self.step = 0
         self._watcher: Any = torch.compiler.disable(self._watch)  # a recorder counts on the host
 

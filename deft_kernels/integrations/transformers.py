@@ -13,6 +13,7 @@ from typing import Any
 
 from typing_extensions import Unpack
 
+from ..core.arguments import flag
 from ..core.keywords import showing
 from ..core.statistics import RowLoss
 from ..objectives import Objective
@@ -61,6 +62,7 @@ def apply(
     """
     from .callback import ProofCallback, StatisticsCallback
 
+    flag("log_statistics", log_statistics)
     statistics = RunningStatistics(named_by(columns))
     loss = ComputeLoss(objective, statistics=statistics, columns=columns, shift=shift, **keywords)
     if type(trainer).__module__.startswith("trl."):

@@ -16,6 +16,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ..backends.pytorch.objectives import evaluate, outside_band
+from ..core.arguments import flag
 from ..core.groups import batch_mean
 from ..core.keywords import showing
 from ..core.statistics import Field, RowStatistics
@@ -74,6 +75,7 @@ def apply(
         }.get(loss_type, "unknown here")
         raise ValueError(f'loss_type: is {loss_type!r}, {why}; set SFTConfig(loss_type="nll")')
     refuse_label_smoothing(trainer.args)
+    flag("log_statistics", log_statistics)
     statistics = RunningStatistics(named_by(columns))
     if columns is not None and getattr(trainer.args, "packing", False):
         raise ValueError("columns: not available with packing, which drops all columns but TRL's own")

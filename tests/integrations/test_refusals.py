@@ -18,9 +18,17 @@ from transformers import (
 )
 
 from deft_kernels import objectives, reference
+from deft_kernels.integrations import liger
 from deft_kernels.integrations import transformers as integration
 from deft_kernels.integrations.callback import StatisticsCallback
 from deft_kernels.integrations.running import RunningStatistics
+
+
+def test_a_trainer_left_as_it_was_by_a_wrong_flag(tmp_path):
+    run = trainer(tmp_path, llama())
+    with pytest.raises(TypeError, match="^log_statistics: expected True or False"):
+        integration.apply(run, log_statistics="no")
+    assert run.compute_loss_func is None
 
 
 def test_a_lora_head():
@@ -193,6 +201,27 @@ def test_keywords():
         integration.for_causal_lm(torch.zeros(1, 2, V), torch.zeros(1, 2).long(), V + 1)
 
 
+@pytest.mark.parametrize(("name", "value"), [
+    ("temperature", "1"), ("temperature", 0), ("backend", "cuda"), ("z_loss", -0.1), ("label_smoothing", 1.5),
+    ("inplace", 1), ("chunk_bytes", 0), ("skip_ignored", None), ("weight", torch.zeros(V, V)),
+    ("class_weight", torch.zeros(V).long()), ("weight", torch.zeros(V, requires_grad=True)),
+])  # fmt: skip
+def test_values_are_refused_where_they_are_written(name, value):
+    """Not in the first training step, which comes when the data has been read."""
+    gives = (
+        lambda **k: integration.patch_model(llama(), **k),
+        lambda **k: integration.set_loss_function(llama(), **k),
+        lambda **k: integration.ComputeLoss(**k),
+        lambda **k: liger.install(**k),
+    )
+    taken = 0
+    for give in gives:
+        with pytest.raises((TypeError, ValueError), match=f"^{name}: ") as error:
+            give(**{name: value})
+        taken += "not a keyword" not in str(error.value)
+    assert taken
+
+
 def test_outputs_and_labels():
     logits, labels = torch.zeros(1, 2, V), torch.zeros(1, 2).long()
     with pytest.raises(ValueError, match="outputs: hold no logits"):
@@ -276,7 +305,7 @@ def test_what_is_no_trainer_and_no_tensor():
     for wrong in (None, llama()):
         with pytest.raises(TypeError, match="trainer: expected a transformers Trainer"):
             integration.apply(wrong)
-    with pytest.raises(TypeError, match="class_weight: expected a tensor"):
+    with pytest.raises(TypeError, match="class_weight: expected a Tensor"):
         integration.patch_model(llama(), class_weight=[1.0, 2.0])
     with pytest.raises(TypeError, match="weight: expected a tensor"):
         integration.ComputeLoss(weight=[1.0, 2.0])

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .running import RunningStatistics, named_channels
+from ...core.arguments import names
+from .running import RunningStatistics
 
 CHANNEL, TOKEN_WEIGHT = "channel", "token_weight"
 # Their names in a batch, where a column of the data set could have the name of a model's argument.
@@ -59,7 +60,7 @@ class Columns:
             for keyword, name in ((CHANNEL, channel), (TOKEN_WEIGHT, token_weight))
             if name is not None
         }
-        self.channels = named_channels(channels)
+        self.channels = names("channels", channels)
         if not self.names:
             raise ValueError("channel: None, and no token_weight either; name a column of the data set")
         if (channel is None) != (not self.channels):

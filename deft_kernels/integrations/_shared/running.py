@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core.arguments import integer
-from ...core.statistics import RowStatistics
+from ...core.arguments import device as device_of
+from ...core.arguments import flag, integer, kind_of, names
+from ...core.checks import check_dense
+from ...core.statistics import RowStatistics, check_statistics
 from ...dtensors import is_dtensor
 from .proof import Calls
 
@@ -38,7 +40,7 @@ class RunningStatistics:
     """
 
     def __init__(self, channels: Sequence[str] = ()) -> None:
-        self.channels = named_channels(channels)
+        self.channels = names("channels", channels)
         self._sums: dict[bool, Tensor] = {}
         self.calls = Calls()
         # Called with each call's rows, those that count, whether it is training, and the rows' channels.
@@ -50,8 +52,9 @@ class RunningStatistics:
         Args: stats: [...]; valid: [...], bool, the rows whose label counts; channel: [...], integer, of
             valid's shape, or one for all rows, needed where there are channels and refused where there are
             none.
-        Raises: ValueError for a channel of another shape or dtype, and on the CPU for one out of range. On a
-            GPU a row with such a channel is left out of the means by channel.
+        Raises: TypeError, ValueError for statistics or a mask that are none, or of another shape; ValueError
+            for a channel of another shape or dtype, and on the CPU for one out of range. On a GPU a row with
+            such a channel is left out of the means by channel.
         """
         self.add(stats, valid, channel)
         if torch.is_grad_enabled():
@@ -59,6 +62,7 @@ class RunningStatistics:
 
     def add(self, stats: RowStatistics, valid: Tensor, channel: Tensor | int | None = None) -> None:
         """As `update`, for a loss that itself notes whether it is trained."""
+        _check_rows(stats, valid)
         training = torch.is_grad_enabled()
         channels = self._channels(channel, valid)
         stats, valid, channels = _local(stats, valid, channels)
@@ -101,7 +105,10 @@ class RunningStatistics:
                 )
             return None
         if not isinstance(channel, Tensor):
-            return torch.full_like(valid, integer("channel", channel), dtype=torch.int64)
+            number: int = integer("channel", channel)
+            if not 0 <= number < len(self.channels):
+                raise ValueError(f"channel: {number} is outside [0, {len(self.channels)})")
+            return torch.full_like(valid, number, dtype=torch.int64)
         if channel.is_floating_point() or channel.is_complex() or channel.dtype == torch.bool:
             raise ValueError(f"channel: expected integers, got {channel.dtype}")
         if channel.shape != valid.shape:
@@ -133,7 +140,7 @@ class RunningStatistics:
 
     def forget(self, training: bool) -> None:
         """Drop what was added since the last `means`."""
-        self._sums.pop(training, None)
+        self._sums.pop(flag("training", training), None)
 
     def means(self, training: bool = True, device: torch.device | str = "cpu") -> dict[str, float]:
         """Means over the tokens of all ranks since the last call, then starts again; {} if there were no
@@ -142,7 +149,7 @@ class RunningStatistics:
         A collective where `torch.distributed` is initialised: call it on every rank. A rank without tokens
         takes part on `device`.
         """
-        device = torch.device(device)
+        device, training = device_of("device", device), flag("training", training)
         dtype = torch.float32 if device.type == "mps" else torch.float64
         sums = self._sums.pop(training, None)
         if sums is None:
@@ -163,12 +170,16 @@ class RunningStatistics:
         return means
 
 
-def named_channels(channels: Sequence[str]) -> tuple[str, ...]:
-    names = () if isinstance(channels, str) else tuple(channels)
-    wrong = isinstance(channels, str) or not all(isinstance(name, str) and name for name in names)
-    if wrong or len(set(names)) != len(names):
-        raise ValueError(f"channels: expected names that differ, got {channels!r}")
-    return names
+def _check_rows(stats: RowStatistics, valid: Tensor) -> None:
+    check_statistics(stats)
+    if not isinstance(valid, Tensor) or valid.dtype != torch.bool:
+        found = valid.dtype if isinstance(valid, Tensor) else kind_of(valid)
+        raise TypeError(f"valid: expected a Tensor of bool, got {found}")
+    check_dense(valid, "valid")
+    rows = stats.logp.shape
+    # The mask of shifted labels lacks the last position.
+    if valid.shape not in (rows, (*rows[:-1], rows[-1] - 1 if rows else 0)):
+        raise ValueError(f"valid: expected the statistics' shape {tuple(rows)}, got {tuple(valid.shape)}")
 
 
 def _local(

@@ -17,6 +17,7 @@ from ...core.settings import (
     OfUser,
     OfWeight,
     OfZLoss,
+    check_values,
 )
 from ...core.statistics import RowLoss
 from ...objectives import Objective
@@ -44,7 +45,10 @@ def described(objective: str | Objective | RowObjective | RowLoss) -> Objective 
 
 
 def checked(call: str, table: Any, keywords: Mapping[str, object]) -> dict[str, Any]:
-    """The keywords, if all are in the table; otherwise TypeError, as none may be dropped silently."""
+    """The keywords, if all are in the table; otherwise TypeError, as none may be dropped silently.
+
+    Raises: TypeError, ValueError for a value, too: before the data is read, not in the first step.
+    """
     known = tuple(table.__annotations__)
     for name in keywords:
         if name not in known:
@@ -54,9 +58,7 @@ def checked(call: str, table: Any, keywords: Mapping[str, object]) -> dict[str, 
                 f"{', '.join(known)} (reduction, shift, num_items and ignore_index follow from what the "
                 "trainer passes)"
             )
-    for name in ("weight", "class_weight"):
-        if not isinstance(keywords.get(name), (Tensor, type(None))):
-            raise TypeError(f"{name}: expected a tensor of [V], got {type(keywords[name]).__name__}")
+    check_values(keywords)
     return dict(keywords)
 
 
