@@ -307,7 +307,7 @@ def test_what_is_no_trainer_and_no_tensor():
             integration.apply(wrong)
     with pytest.raises(TypeError, match="class_weight: expected a Tensor"):
         integration.patch_model(llama(), class_weight=[1.0, 2.0])
-    with pytest.raises(TypeError, match="weight: expected a tensor"):
+    with pytest.raises(TypeError, match="weight: expected a Tensor"):
         integration.ComputeLoss(weight=[1.0, 2.0])
     with pytest.raises(TypeError, match="shift: expected a bool"):
         integration.ComputeLoss(shift="no")
