@@ -16,6 +16,9 @@ from .backends import choice
 from .functional import deft_loss
 from .version import __version__
 
+HELP = """\
+python -m deft_kernels                  versions, devices, the backend a call would take, one checked call
+python -m deft_kernels report FILE...   a page about saved logits; report --help says more"""
 ROWS, VOCABULARY = 4, 4099
 
 
@@ -94,6 +97,9 @@ def command(arguments: Sequence[str]) -> int:
         from .diagnostics import command as report
 
         return report.main(arguments[1:])
+    if arguments[0] in ("-h", "--help"):
+        print(HELP)
+        return 0
     known = "nothing, for versions and a check, or: report FILE..."
     print(f"python -m deft_kernels: unknown {arguments[0]!r}; expected {known}", file=sys.stderr)
     return 2

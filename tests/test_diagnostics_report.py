@@ -212,6 +212,8 @@ def test_a_report_of_hidden_states_is_that_of_their_logits(tmp_path: Path) -> No
         ({"labels": np.arange(3)}, (), "a.npz: labels: has shape (3,)"),
         ({"logits": np.full((4, 9), np.nan, np.float32)}, (), "a.npz: logits: row 0 "),
         ({}, ("--objective", "gate"), "objectives: unknown name 'gate'"),
+        ({}, ("--device", "gpu"), "--device: expected a device, got 'gpu'"),
+        ({}, ("--device", "meta"), "--device: 'meta' cannot compute here"),
         ({}, ("--tensor", "logit=x"), "--tensor: expected NAME=IN_FILE with NAME of logits"),
         ({}, ("--tensor", "logits=x"), "a.npz: x: no file has a tensor of this name"),
     ],
@@ -222,6 +224,18 @@ def test_a_report_of_bad_input(tmp_path: Path, change, arguments, message: str, 
     assert report(tmp_path / "a.npz", "--out", tmp_path / "out", *arguments) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_report_into_a_file(tmp_path: Path, capsys) -> None:
+    """Before the statistics of all tokens are made."""
+    np.savez(tmp_path / "a.npz", logits=np.zeros((4, 9), np.float32), labels=np.arange(4))
+    assert report(tmp_path / "a.npz", "--out", tmp_path / "a.npz") == 1
+    assert "--out: " in capsys.readouterr().err
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert program.command(["--help"]) == 0
+    assert "report FILE" in capsys.readouterr().out
 
 
 def test_the_row_with_a_nan_is_named(tmp_path: Path, monkeypatch, capsys) -> None:

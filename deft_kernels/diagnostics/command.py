@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from ..core.arguments import device as device_of
 from . import figures
 from .gates import DEFAULT, named
 from .page import page
@@ -64,13 +65,16 @@ def report(given: argparse.Namespace) -> None:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("tqdm: the report needs it; pip install tqdm") from error
 
+    device = _device(given.device)
+    if given.out.exists() and not given.out.is_dir():
+        raise ValueError(f"--out: {given.out} is no folder")
     renamed = dict(_renamed(entry) for entry in given.tensor)
     rows = Rows.of(find(given.files, renamed), ignore_index=given.ignore_index, shift=given.shift)
     chosen = {o: DEFAULT.get(o, o) for o in given.objective} if given.objective else DEFAULT
     recorder = Recorder(named(chosen), seed=given.seed, ignore_index=given.ignore_index)
     transform = {n: getattr(given, n) for n in ("temperature", "softcap", "logit_scale")}
     with tqdm(total=rows.source.rows, unit="token", desc="statistics", file=sys.stderr) as bar:
-        for done in rows.recorded(recorder, torch.device(given.device), **transform):
+        for done in rows.recorded(recorder, device, **transform):
             bar.update(done)
     recording = recorder.recording()
     if recording.count == 0:
@@ -84,6 +88,16 @@ def report(given: argparse.Namespace) -> None:
     written = write(recording, given.out, source)
     alpha = recording.mean("alpha")
     print(f"mean alpha {alpha:.3f} over {recording.count} tokens; {written}")
+
+
+def _device(name: str) -> torch.device:
+    """Asked for before the files are read. PyTorch says in several ways that a device is not there."""
+    device = device_of("--device", name)
+    try:
+        torch.zeros((), device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device: {name!r} cannot compute here ({error})") from error
+    return device
 
 
 def _renamed(entry: str) -> tuple[str, str]:
