@@ -11,13 +11,11 @@ import torch
 from torch import Tensor
 
 from ..core.arguments import device as device_of
-from ..core.arguments import integer, kind_of, label, names, positions
+from ..core.arguments import integer, label, names
 from ..core.arguments import path as path_of
-from ..core.checks import INTEGERS, check_dense
 from ..core.groups import group_name
-from ..core.inputs import aligned
-from ..core.statistics import RowStatistics, check_statistics
-from ..dtensors import is_dtensor
+from ..core.statistics import RowStatistics
+from .added import channels_of, flat_rows, ids_of
 from .bins import ALPHA, ENTROPY, P
 from .gates import DEFAULT, Objectives, gate_of, gradient_norm, named
 from .recording import MOMENTS, Recording
@@ -108,14 +106,16 @@ class Recorder:
             channel out of range. On a GPU such rows, and rows that hold a NaN anywhere, are left out and
             counted: `Recording.left_out`.
         """
-        rows, counted, words = self._checked(stats, labels, shift)
-        gate, channels = self._whose(stats), self._channel(channel, rows.logp)
+        rows, counted, words = flat_rows(stats, labels, shift, self.ignore_index)
+        gate, channels = self._whose(stats), channels_of(channel, rows.logp, len(self.channels))
         step = self.calls if step is None else label("step", step)
         if step < 0:
             raise ValueError(f"step: expected 0 or more, got {step}")
+        given = None if ids is None else ids_of(ids, rows.logp)
         # Up to here nothing has changed: after a call that raises, the recorder is as it was.
-        tokens = self._ids(ids, rows.logp)
-        self._start(rows)
+        tokens = self._new_ids(rows.logp) if given is None else given
+        if not self._tables:
+            self._begin(self._device or rows.logp.device)
         self._gate = gate
         self.calls += 1
         while step // self.stride >= self.slots:
@@ -169,36 +169,6 @@ class Recorder:
         if group is None or torch.distributed.get_rank(group) == 0:
             found.save(path)
 
-    def _checked(
-        self, stats: RowStatistics, labels: Tensor, shift: bool
-    ) -> tuple[RowStatistics, Tensor, Tensor]:
-        """Flat statistics in the tables' dtype, the rows that count, and the labels or -1."""
-        check_statistics(stats)
-        if not isinstance(labels, Tensor):
-            raise TypeError(f"labels: expected a Tensor, got {kind_of(labels)}")
-        check_dense(labels, "labels")
-        if labels.dtype not in (torch.bool, *INTEGERS):
-            raise TypeError(f"labels: expected integers, or a mask of bool, got {labels.dtype}")
-        shift = positions("shift", shift)
-        if is_dtensor(stats.logp) or is_dtensor(labels):
-            raise TypeError("stats: a recorder takes this rank's own rows; pass to_local() of each field")
-        if labels.shape != stats.logp.shape:
-            raise ValueError(
-                f"labels: expected the statistics' shape {tuple(stats.logp.shape)}, got {tuple(labels.shape)}"
-            )
-        if labels.dtype == torch.bool:
-            if shift:
-                raise ValueError("shift: labels is a mask, which says itself which rows count")
-            counted, words = labels.reshape(-1), torch.full_like(labels, -1, dtype=torch.int64).reshape(-1)
-        else:
-            words = aligned(labels, shift, self.ignore_index)
-            counted = words != self.ignore_index
-        device = stats.logp.device
-        # Doubles, because a run has more tokens than fp32 can count; Apple's devices have none.
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        flat = (None if s is None else s.detach().reshape(-1).to(dtype) for s in stats)
-        return RowStatistics(*flat), counted.to(device), words.to(device)  # type: ignore[arg-type]
-
     def _whose(self, stats: RowStatistics) -> str:
         """Whose gate the statistics bring, or the recorder works out."""
         own = self._gate or ("the loss" if stats.gate is not None else next(iter(self.objectives)))
@@ -208,41 +178,11 @@ class Recorder:
             )
         return own
 
-    def _channel(self, channel: Tensor | int, like: Tensor) -> Tensor:
-        if not isinstance(channel, Tensor):
-            number: int = integer("channel", channel)
-            if not 0 <= number < len(self.channels):
-                raise ValueError(f"channel: {number} is outside [0, {len(self.channels)})")
-            return torch.full_like(like, number, dtype=torch.int64)
-        check_dense(channel, "channel")
-        if channel.dtype not in INTEGERS or channel.numel() != like.numel():
-            raise ValueError(
-                f"channel: expected {like.numel()} integers, got {channel.dtype} {tuple(channel.shape)}"
-            )
-        channel = channel.reshape(-1).long().to(like.device)
-        if channel.device.type == "cpu" and channel.numel():
-            least, most = (int(bound) for bound in channel.aminmax())
-            if least < 0 or most >= len(self.channels):
-                wrong = least if least < 0 else most
-                raise ValueError(f"channel: {wrong} is outside [0, {len(self.channels)})")
-        return channel
-
-    def _ids(self, ids: Tensor | None, like: Tensor) -> Tensor:
-        if ids is None:
-            distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-            first = self.positions + (torch.distributed.get_rank() * IDS_A_RANK if distributed else 0)
-            self.positions += like.numel()
-            return torch.arange(first, first + like.numel(), device=like.device)
-        if not isinstance(ids, Tensor):
-            raise TypeError(f"ids: expected a Tensor of int64, got {kind_of(ids)}")
-        check_dense(ids, "ids")
-        if ids.dtype != torch.int64 or ids.numel() != like.numel():
-            raise ValueError(f"ids: expected {like.numel()} int64, got {ids.dtype} {tuple(ids.shape)}")
-        return ids.reshape(-1).to(like.device)
-
-    def _start(self, rows: RowStatistics) -> None:
-        if not self._tables:
-            self._begin(self._device or rows.logp.device)
+    def _new_ids(self, like: Tensor) -> Tensor:
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        first = self.positions + (torch.distributed.get_rank() * IDS_A_RANK if distributed else 0)
+        self.positions += like.numel()
+        return torch.arange(first, first + like.numel(), device=like.device)
 
     def _begin(self, device: torch.device) -> None:
         dtype = torch.float32 if device.type == "mps" else torch.float64
