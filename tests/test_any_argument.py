@@ -107,6 +107,8 @@ def taken_or_refused(call: Callable[..., Any], usual: dict[str, Any], name: str,
             call(**{**usual, name: value})
         except OSError:  # of a path that there is not, or is a folder's
             assert name == "path", (name, kind)
+        except RuntimeError as error:  # of a device that there is not: a whole number is that of a GPU
+            assert name == "device", (name, kind, error)
         except (TypeError, ValueError, IndexError) as error:
             # The argument, or another that fits it no longer: its labels, a shape.
             begin = str(error).partition(":")[0]
