@@ -68,7 +68,7 @@ class Recorder:
         if not self.channels:
             raise ValueError("channels: expected at least one name")
         self.size, self.slots = integer("tokens", tokens), integer("slots", slots)
-        self.seed, self.ignore_index = integer("seed", seed), integer("ignore_index", ignore_index)
+        self.seed, self.ignore_index = label("seed", seed), label("ignore_index", ignore_index)
         if self.size < 1:
             raise ValueError(f"tokens: expected at least 1, got {tokens}")
         if self.slots < 2 or self.slots % 2:

@@ -126,9 +126,11 @@ class RecordingCallback(TrainerCallback):  # type: ignore[misc]
     adds to the same recorder. Under torch.compile the graph breaks where the recorder is called.
 
     Args: statistics: the loss's, as `apply` returns it; recorder: made alike on every rank, with the channels
-        of the statistics or with none; path: of the npz.
-    Raises: TypeError for other types; ValueError for other channels; OSError naming the file and the field
-        where it cannot be written.
+        of the statistics or with none; path: of the npz,
+        whose folder is made.
+    Raises: TypeError for other types; ValueError for other channels, for a path that is a folder, and where
+        training is resumed for a path that has what an earlier process recorded; OSError naming the file and
+        the field where it cannot be written.
     """
 
     def __init__(self, statistics: RunningStatistics, recorder: Recorder, path: str | Path):
@@ -143,10 +145,19 @@ class RecordingCallback(TrainerCallback):  # type: ignore[misc]
                 f"{', '.join(statistics.channels) or 'none'}; make both with the same"
             )
         self.statistics, self.recorder, self.path = statistics, recorder, path_of("path", path)
+        if self.path.is_dir():
+            raise ValueError(f"path: {self.path} is a folder; expected that of an npz")
         self.step = 0
         self._watcher: Any = torch.compiler.disable(self._watch)  # a recorder counts on the host
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        # What cannot be written is said before the first step, not after the last.
+        if state.global_step > 0 and self.recorder.calls == 0 and self.path.exists():
+            raise ValueError(
+                f"path: {self.path} has what was recorded before training was resumed, and would be "
+                "overwritten; give another path, or move it"
+            )
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         if self._watcher not in self.statistics.watchers:
             self.statistics.watchers.append(self._watcher)
 

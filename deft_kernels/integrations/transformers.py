@@ -17,10 +17,11 @@ from ..core.arguments import flag
 from ..core.keywords import showing
 from ..core.statistics import RowLoss
 from ..objectives import Objective
-from ._shared.checks import check_labels, check_trainer
+from ._shared.checks import check_labels, check_trainer, count_all_labels
 from ._shared.columns import Columns, named_by
 from ._shared.logits import ComputeLoss, ForCausalLM, compute_loss_func, for_causal_lm
 from ._shared.patching import patch_model, set_loss_function, unpatch_model
+from ._shared.probe import refuse_own_terms
 from ._shared.running import RunningStatistics
 from ._shared.settings import LogitsKeywords
 
@@ -70,10 +71,14 @@ def apply(
     if not hasattr(trainer, "compute_loss_func"):
         raise TypeError(f"trainer: expected a transformers Trainer, got {type(trainer).__name__}")
     check_trainer(trainer)
-    check_labels(trainer, loss.shift)
+    refuse_own_terms(trainer.model, "apply")
+    if loss.shift:
+        check_labels(trainer, True)
     if columns is not None:
         columns.attach(trainer)
     trainer.compute_loss_func = loss
+    if not loss.shift:
+        count_all_labels(trainer)
     callback = StatisticsCallback(statistics) if log_statistics else ProofCallback(statistics.calls)
     callback.add_to(trainer)
     return statistics

@@ -26,7 +26,7 @@ from ._shared.caller import Argument
 from ._shared.checks import check_trainer, refuse_label_smoothing
 from ._shared.columns import Columns, named_by
 from ._shared.logits import ComputeLoss
-from ._shared.patching import RECORD
+from ._shared.patching import BEFORE, RECORD, Before
 from ._shared.running import RunningStatistics
 from ._shared.settings import LogitsKeywords
 
@@ -120,10 +120,13 @@ def _rewrite(trainer: Any, rewritten: _GatedLogProbs, asked: list[str]) -> None:
         )
     num_items = Argument(SFTTrainer.compute_loss, "num_items_in_batch")
     model = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
-    if RECORD in vars(model):
+    earlier = vars(model).get(RECORD)
+    # Of an earlier trainer, whose forward the new one has wrapped and does not come to.
+    replaces = isinstance(earlier, _GatedLogProbs) and earlier.forward is not model.forward.__func__
+    if earlier is not None and not replaces:
         raise ValueError("trainer: its model has a gated loss already; apply once, without patch_model")
     add_fused_lm_head(model, outputs=FUSED_OUTPUTS)
-    fused = model.forward
+    before, fused = Before(model, "forward"), model.forward
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not (kwargs.get("fused_lm_head") and self.training and torch.is_grad_enabled()):
@@ -133,7 +136,9 @@ def _rewrite(trainer: Any, rewritten: _GatedLogProbs, asked: list[str]) -> None:
         return getattr(self, RECORD)(fused(*args, **kwargs), own_mean)
 
     forward.__signature__ = inspect.signature(fused)  # type: ignore[attr-defined]
+    rewritten.forward = forward
     setattr(model, RECORD, rewritten)
+    setattr(model, BEFORE, before)
     model.forward = types.MethodType(forward, model)
 
 
@@ -149,6 +154,8 @@ def _without_num_items(num_items: Argument) -> bool:
 
 class _GatedLogProbs:
     """Outputs of the fused head, with minus the gated loss where the log-probabilities were."""
+
+    forward: Any = None  # the model's, that comes here
 
     def __init__(self, objective: Any, statistics: RunningStatistics, columns: Columns | None):
         self.objective = resolve(objective)

@@ -123,3 +123,33 @@ def recorded_by_two_ranks():
 def test_two_ranks():
     outcomes = ranks.run([recorded_by_two_ranks], ranks=2, gpus=False)
     assert outcomes["recorded_by_two_ranks"] == ["passed"] * 2, "\n".join(outcomes["recorded_by_two_ranks"])
+
+
+def test_a_path_that_cannot_be_written_is_found_before_training(tmp_path):
+    run = prepared("compute_loss_func", tmp_path, max_steps=1)
+    path = tmp_path / "not" / "there" / "run.npz"
+    run.add_callback(RecordingCallback(statistics_of(run), Recorder(), path))
+    run.train()
+    assert Recording.load(path).count > 0
+    with pytest.raises(ValueError, match="^path: .* is a folder"):
+        RecordingCallback(statistics_of(run), Recorder(), tmp_path)
+    with pytest.raises(ValueError, match="^seed: "):
+        Recorder(seed=2**70)
+
+
+def test_a_resumed_run_does_not_overwrite_what_was_recorded(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    path = tmp_path / "run.npz"
+
+    def start(where: Path):
+        run = prepared("compute_loss_func", tmp_path, **settings)
+        run.add_callback(RecordingCallback(statistics_of(run), Recorder(), where))
+        return run
+
+    start(path).train()
+    before, checkpoint = path.read_bytes(), str(tmp_path / "checkpoint-1")
+    with pytest.raises(ValueError, match=r"^path: .*run\.npz has what was recorded before"):
+        start(path).train(resume_from_checkpoint=checkpoint)
+    assert path.read_bytes() == before
+    start(tmp_path / "rest.npz").train(resume_from_checkpoint=checkpoint)
+    assert Recording.load(tmp_path / "rest.npz").over_time("nll")[0].tolist() == [1]

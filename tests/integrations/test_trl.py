@@ -16,7 +16,12 @@ from trl import SFTConfig, SFTTrainer
 
 from deft_kernels import objectives
 from deft_kernels.integrations import trl as integration
-from deft_kernels.integrations.transformers import ComputeLoss, patch_model, set_loss_function
+from deft_kernels.integrations.transformers import (
+    ComputeLoss,
+    patch_model,
+    set_loss_function,
+    unpatch_model,
+)
 
 FUSED_HEAD = Version(trl.__version__) >= Version("1.15")
 # Of `arguments`; the others stay SFTConfig's own.
@@ -245,3 +250,26 @@ class TestRefusals:
         with pytest.raises(RuntimeError, match=r"TRL >= 1.15.*trl.apply\(trainer\)"):
             run.train()
         assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.skipif(not FUSED_HEAD, reason="before TRL 1.15 nothing of the model is changed")
+def test_a_second_trainer_of_the_same_model(tmp_path, tokenizer):
+    """As in training in stages; and the model as it was, when the loss is taken out."""
+    run = prepared(tmp_path, tokenizer, max_steps=1)
+    integration.apply(run)
+    run.train()
+    with pytest.raises(ValueError, match="has a gated loss already"):
+        integration.apply(run)
+    again = prepared(tmp_path, tokenizer, model=run.model, max_steps=1)
+    expected = oracle(run.model, first_batch(again), "cayley")
+    integration.apply(again, "cayley")
+    again.train()
+    assert losses(again) == [pytest.approx(expected, rel=1e-5)]
+
+    unpatch_model(again.model)
+    with pytest.raises(ValueError, match="^model: has no gated loss"):
+        unpatch_model(again.model)
+    plain = prepared(tmp_path, tokenizer, model=again.model, max_steps=1)
+    expected = oracle(again.model, first_batch(plain), "nll")
+    plain.train()
+    assert losses(plain) == [pytest.approx(expected, rel=1e-5)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -72,6 +73,41 @@ def _check_decoded(batch: Mapping[str, Any]) -> None:
 def check_labels(trainer: Any, shift: bool) -> None:
     if shift:
         refuse_aligned(trainer.model, "ComputeLoss")
+    elif trainer not in _COUNTING_ALL:
+        if not _counts_first_labels(trainer):
+            raise ValueError(
+                "shift: is False, and the trainer leaves each row's first label out of the number of items, "
+                "as its model is causal; use integrations.transformers.apply(trainer, shift=False)"
+            )
+        _COUNTING_ALL.add(trainer)
+
+
+def count_all_labels(trainer: Any) -> None:
+    """For a loss of aligned labels, where a trainer of transformers 5.24 counts labels[..., 1:].
+
+    Raises: RuntimeError for a trainer that does so all the same.
+    """
+    trainer._loss_shifts_labels = False
+    if not _counts_first_labels(trainer):
+        raise RuntimeError(
+            "shift: is False, and this version of transformers leaves each row's first label out of the "
+            "number of items; use a version that this package was tested with"
+        )
+    _COUNTING_ALL.add(trainer)
+
+
+# That were asked, which is a message on several ranks.
+_COUNTING_ALL: WeakSet[Any] = WeakSet()
+
+
+def _counts_first_labels(trainer: Any) -> bool:
+    """Whether a row's first label makes a difference to the number of items."""
+    counts = []
+    for first in (-100, 0):
+        batch = {"labels": torch.tensor([[first, 0, 0]], device=trainer.args.device)}
+        counts.append(trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)[1])
+    without, with_first = counts
+    return without is None or not torch.equal(torch.as_tensor(without), torch.as_tensor(with_first))
 
 
 def check_settings(trainer: Any) -> None:
@@ -100,13 +136,23 @@ def check_settings(trainer: Any) -> None:
 
 
 def refuse_dividing_twice(trainer: Any) -> None:
-    """transformers 5.2 to 5.5.3 have accelerate divide a loss that is a part of the whole step's already."""
+    """A loss that is a part of the whole step's already: transformers 5.2 to 5.5.3 have accelerate divide it,
+    and a Trainer whose own loss is a mean of each batch."""
+    if getattr(trainer, "loss_is_scaled_for_ga", None) is False and _accumulates(trainer):
+        raise ValueError(
+            f"loss_is_scaled_for_ga: is False on {type(trainer).__name__}, which would divide the gated loss "
+            "once more, by the number of accumulated batches; remove it, or set it to True"
+        )
     steps = trainer.accelerator.gradient_accumulation_steps
     if steps > 1 and not getattr(trainer, "is_deepspeed_enabled", False):
         raise ValueError(
             "gradient_accumulation_steps: this version of transformers divides accumulated gradients by "
             f"{steps} twice, plain cross-entropy's too; install transformers>=5.5.4, or do not accumulate"
         )
+
+
+def _accumulates(trainer: Any) -> bool:
+    return int(getattr(trainer.args, "gradient_accumulation_steps", 1)) > 1
 
 
 def refuse_means_of_means(args: Any) -> None:

@@ -1,22 +1,16 @@
-"""A causal model taken apart: its backbone, its head, and what happens to the logits before the loss.
-
-The model itself shows it, run with a small random head, so that no list of families is needed.
-"""
+"""A causal model taken apart: its backbone and its head."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ...dtensors import is_dtensor
 
 OWN_LOGITS = "use set_loss_function(model), which takes the model's own logits"
-ROWS, WORDS = 8, 64  # of the test: enough numbers to tell a factor from any other function
 
 
 def bare(model: Any, call: str) -> Any:
@@ -131,92 +125,3 @@ def is_fully_sharded(module: nn.Module) -> bool:
     """Whether `fully_shard` made a module a group of its own, or a part of a group with others."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
-
-
-def softcap_of(model: Any) -> float | None:
-    config = model.config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    cap = getattr(text, "final_logit_softcapping", None)
-    return None if cap is None else float(cap)
-
-
-class _Outputs:
-    """A backbone's outputs of which only the hidden states exist."""
-
-    def __init__(self, hidden: Tensor):
-        self.last_hidden_state = hidden
-
-    def __getitem__(self, index: Any) -> Any:
-        return (self.last_hidden_state,)[index]
-
-    def __getattr__(self, name: str) -> None:
-        if name.startswith("__"):
-            raise AttributeError(name)
-
-
-@contextmanager
-def _answering(model: Any, call: str, hidden: Tensor) -> Iterator[None]:
-    """Inside this context the backbone computes nothing and returns `hidden`. Dropout is on, so that it would
-    show."""
-    asked = {id(part): part for part in (backbone(model, call), innermost(model, call))}
-    before = [(part, vars(part).get("forward")) for part in asked.values()]
-    modes = [(module, module.training) for module in model.modules()]
-    for part, _ in before:
-        part.forward = lambda *args, **kwargs: _Outputs(hidden)
-    model.train()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for part, forward in before:
-            del part.forward
-            if forward is not None:
-                part.forward = forward
-
-
-def logit_transform(model: Any, call: str) -> tuple[float, float | None]:
-    """(scale, softcap) with model logits = softcap tanh(scale head(hidden) / softcap); None: no cap.
-
-    Found by running the model's own forward on random hidden states and a small random head, in float64, with
-    a backbone that only returns them. Costs no memory and needs no real weights, so it works
-    on the meta device as well.
-    Raises: ValueError when the logits are any other function of the product.
-    """
-    head, cap = plain_head(model, call), softcap_of(model)
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(1, ROWS, head.in_features, generator=generator, dtype=torch.float64)
-    weight = torch.randn(WORDS, head.in_features, generator=generator, dtype=torch.float64)
-    # Logits up to 3.5 times this: large enough for a cap or a clamp to show, small enough to undo the cap.
-    spread = 10.0 if cap is None else cap / 2
-    weight *= spread / head.in_features**0.5
-    probe = {"weight": weight}
-    if head.bias is not None:
-        probe["bias"] = torch.randn(WORDS, generator=generator, dtype=torch.float64)
-    product = nn.functional.linear(hidden, weight, probe.get("bias"))
-    of_head = {id(parameter): name for name, parameter in head.named_parameters()}
-    replaced = {
-        name: probe[of_head[id(parameter)]]
-        for name, parameter in model.named_parameters()
-        if id(parameter) in of_head
-    }
-    ids = torch.zeros(1, ROWS, dtype=torch.long)
-    try:
-        with torch.no_grad(), _answering(model, call, hidden):
-            outputs = torch.func.functional_call(model, replaced, (), {"input_ids": ids, "use_cache": False})
-        logits = outputs.logits.double()
-        known = logits.shape == product.shape
-    except Exception as error:
-        raise ValueError(
-            f"model: {call} could not find out what {type(model).__name__} does to its logits; {OWN_LOGITS}"
-        ) from error
-    if known:
-        raw = logits if cap is None else cap * torch.atanh(logits / cap)
-        scale = float((raw * product).sum() / product.square().sum())
-        known = scale > 0 and float((raw - scale * product).abs().max()) < 1e-4 * scale * float(product.max())
-    if not known:
-        raise ValueError(
-            f"model: {type(model).__name__} does more to its logits than {call} can repeat (a factor and "
-            f"final_logit_softcapping); {OWN_LOGITS}"
-        )
-    return (1.0 if abs(scale - 1.0) < 1e-6 else scale), cap

@@ -156,9 +156,11 @@ class ForCausalLM(OfLogits):
         if target is None:
             raise ValueError("labels: None, and no shift_labels either")
         shift = self.shift and shift_labels is None
-        loss = self._loss(logits, target, shift, num_items_in_batch, ignore_index)
-        if self.watch is not None:
-            self.watch.seen(loss)
+        if self.watch is None:
+            return self._loss(logits, target, shift, num_items_in_batch, ignore_index)
+        with self.watch.unless_it_raises():
+            loss = self._loss(logits, target, shift, num_items_in_batch, ignore_index)
+        self.watch.seen(loss)
         return loss
 
 

@@ -17,6 +17,7 @@ from ...core.statistics import RowLoss
 from ...linear import fused_linear_deft_loss
 from ...objectives import Objective
 from . import head as heads
+from . import probe
 from .aligned import refuse_aligned
 from .columns import AMONG_PIECES, Columns, checked_columns
 from .logits import ForCausalLM
@@ -25,7 +26,26 @@ from .running import RunningStatistics
 from .settings import HiddenKeywords, LogitsKeywords, checked, counted, denominator, described, recorder
 from .watch import Watch
 
-RECORD = "_deft_kernels"
+RECORD, BEFORE = "_deft_kernels", "_deft_kernels_before"
+
+
+class Before:
+    """Attributes of a model as they were, to be put back."""
+
+    def __init__(self, model: Any, *names: str):
+        self.names = names
+        self.values = {name: vars(model)[name] for name in names if name in vars(model)}
+
+    def restore(self, model: Any) -> None:
+        for name in self.names:
+            vars(model).pop(name, None)
+        vars(model).update(self.values)
+
+
+def _takes_items(model: Any) -> None:
+    """So that a Trainer counts the items of a whole step, though the model's own is each batch's mean."""
+    if getattr(model, "accepts_loss_kwargs", None) is False:
+        model.accepts_loss_kwargs = True
 
 
 @showing(LogitsKeywords)
@@ -54,8 +74,16 @@ def set_loss_function(
     if loss.shift:
         refuse_aligned(bare, "set_loss_function")
     loss.watch = Watch(heads.innermost(bare, "set_loss_function"), "set_loss_function")
+    found = probe.of_loss(bare, "set_loss_function")
+    before = Before(bare, "_loss_function", "loss_type", "accepts_loss_kwargs")
+    if found is not None and found.items:
+        _takes_items(bare)
+    if not loss.shift:
+        # By which a Trainer finds that it is to count labels[..., 1:].
+        bare.loss_type = "aligned"
     bare.loss_function = loss
     setattr(bare, RECORD, loss)
+    setattr(bare, BEFORE, before)
 
 
 def _unpatched(model: Any) -> None:
@@ -72,7 +100,7 @@ class _OfHidden:
         self.columns = checked_columns(columns, self.statistics)
         self.calls = Calls() if self.statistics is None else self.statistics.calls
         self.keywords = checked("patch_model", HiddenKeywords, keywords)
-        self.scale, self.softcap = heads.logit_transform(model, "patch_model")
+        self.scale, self.softcap = probe.logit_transform(model, "patch_model")
         parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
         self.names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
         self.watch = Watch(heads.innermost(model, "patch_model"), "patch_model")
@@ -92,13 +120,19 @@ class _OfHidden:
         )
 
     def __call__(self, model: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-        from transformers.modeling_outputs import CausalLMOutputWithPast
-
         call = dict(zip(self.names, args, strict=False)) | keywords
         labels, aligned = call.pop("labels", None), call.pop("shift_labels", None)
         num_items = call.pop("num_items_in_batch", None)
         ignore_index = call.pop("ignore_index", -100)
         _refuse(model, call, labels is None and aligned is None)
+        with self.watch.unless_it_raises():
+            return self._loss(model, call, labels, aligned, num_items, ignore_index)
+
+    def _loss(
+        self, model: Any, call: dict[str, Any], labels: Any, aligned: Any, num_items: Any, ignore_index: int
+    ) -> Any:
+        from transformers.modeling_outputs import CausalLMOutputWithPast
+
         outputs = heads.backbone(model, "patch_model")(**call)
         head = heads.plain_head(model, "patch_model")
         hidden = outputs.last_hidden_state.to(head.weight.device)
@@ -206,6 +240,9 @@ def patch_model(
     text = bare.config.get_text_config() if hasattr(bare.config, "get_text_config") else bare.config
     _refuse(bare, {"output_router_logits": getattr(text, "output_router_logits", False)}, False)
     loss = _OfHidden(bare, objective, statistics, columns, keywords)
+    probe.refuse_own_terms(bare, "patch_model")
+    before = Before(bare, "forward", "accepts_loss_kwargs")
+    _takes_items(bare)
 
     # A function bound to the instance, as accelerate and copy.deepcopy expect a forward to be; the loss is
     # looked up on the instance, so that a copy has its own. No __wrapped__: accelerate would unwrap it.
@@ -220,6 +257,7 @@ def patch_model(
 
     forward.__signature__ = inspect.signature(type(bare).forward)  # type: ignore[attr-defined]
     setattr(bare, RECORD, loss)
+    setattr(bare, BEFORE, before)
     bare.forward = types.MethodType(forward, bare)
 
 
@@ -237,14 +275,16 @@ def _in_eval_mode(_gradient: Tensor) -> None:
 
 
 def unpatch_model(model: Any) -> None:
-    """Undo `patch_model` or `set_loss_function`. Raises: ValueError when there is nothing to undo."""
+    """Undo `patch_model`, `set_loss_function` or `integrations.trl.apply`: the model is as it was before.
+
+    Raises: ValueError when there is nothing to undo.
+    """
     bare = heads.bare(model, "unpatch_model")
     loss = vars(bare).get(RECORD)
     if loss is None:
-        raise ValueError("model: has no gated loss of patch_model or set_loss_function")
-    loss.watch.remove()
+        raise ValueError("model: has no gated loss of patch_model, set_loss_function or trl.apply")
+    watch = getattr(loss, "watch", None)
+    if watch is not None:
+        watch.remove()
+    vars(bare).pop(BEFORE).restore(bare)
     delattr(bare, RECORD)
-    if isinstance(loss, _OfHidden):
-        del bare.forward
-    else:
-        del bare._loss_function

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -48,6 +49,15 @@ class Watch:
         if not hidden:
             self._check()
         self.pending = True
+
+    @contextmanager
+    def unless_it_raises(self) -> Iterator[None]:
+        """A step that raises trains nothing, and the next one is a new one."""
+        try:
+            yield
+        except BaseException:
+            self._clear()
+            raise
 
     def _clear(self) -> None:
         self.pending = False
