@@ -29,7 +29,9 @@ from __future__ import annotations
 
 import argparse
 import copy
+import io
 import math
+import os
 import sysconfig
 import time
 from collections.abc import Callable
@@ -251,7 +253,19 @@ def plot(plain: Run, ours: Run, corrupt: float, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def main() -> None:
+def file_of(option: str, path: Path, ending: str) -> Path:
+    """The file that will be written; one that cannot be is refused now, and not after the training."""
+    file = path if path.is_dir() or path.name.endswith(ending) else path.with_name(path.name + ending)
+    if file.is_dir():
+        raise SystemExit(f"{option}: {file} is a folder")
+    if not file.parent.is_dir():
+        raise SystemExit(f"{option}: no folder {file.parent}")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise SystemExit(f"{option}: {file} cannot be written")
+    return file
+
+
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     objectives = ["deft", "cayley", "rational", "neg_prob", "dft", "eaft", "nll"]
     parser.add_argument("--corrupt", type=float, default=0.3, help="share of wrong labels (default 0.3)")
@@ -265,6 +279,24 @@ def main() -> None:
     )
     parser.add_argument("--tiny", action="store_true", help="a few seconds, to see it run; learns nothing")
     args = parser.parse_args()
+    if not 0 <= args.corrupt < 1:
+        parser.error(f"--corrupt: {args.corrupt} is no share in [0, 1)")
+    if args.steps < 1:
+        parser.error(f"--steps: {args.steps} is not above 0")
+    if args.pretrain_steps < 0:
+        parser.error(f"--pretrain-steps: {args.pretrain_steps} is below 0")
+    args.out = file_of("--out", args.out, args.out.suffix or ".png")
+    try:
+        Figure().savefig(io.BytesIO(), format=args.out.suffix[1:])
+    except ValueError as error:
+        parser.error(f"--out: {error}")
+    if args.logits:
+        args.logits = file_of("--logits", args.logits, ".npz")
+    return args
+
+
+def main() -> None:
+    args = parsed()
     pretrain_steps, steps, windows = (20, 10, 16) if args.tiny else (args.pretrain_steps, args.steps, 192)
 
     torch.manual_seed(args.seed)
@@ -288,7 +320,7 @@ def main() -> None:
     print("\n" + table([(name, x.scores[-1], x.seconds) for name, x in rows]) + "\n")
     print(compare(args.objective, ours.scores[-1], plain.scores[-1]))
     right, wrong = ours.gates[-1]
-    at_wrong = f", {wrong:.3f} at wrong ones" if args.corrupt else ""
+    at_wrong = "" if math.isnan(wrong) else f", {wrong:.3f} at wrong ones"
     print(f"{args.objective}'s mean gate in training: {right:.3f} at right labels{at_wrong}")
     plot(plain, ours, args.corrupt, args.out)
     print(f"curves: {args.out}")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import runpy
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -161,30 +163,95 @@ def test_a_model_that_learned_its_rows_is_scored_so(scripts: Scripts, tmp_path: 
     assert found["fresh"]["word"] == 0 and found["fresh"]["jaro_winkler"] < 1
 
 
+BAD = {  # files that are no rows of math
+    "empty.jsonl": "",
+    "blank.jsonl": "\n\n",
+    "empty.csv": "",
+    "empty.parquet": "",
+    "broken.jsonl": "{broken",
+    "hole.jsonl": json.dumps(ROWS["math"][0]) + "\n" + json.dumps({**ROWS["math"][1], "solution": None}),
+    "no_box.jsonl": json.dumps({"problem": "1?", "solution": "1"}),
+}
+
+
 @pytest.mark.parametrize(
     "command, named",
     [
         (
-            ["train.py", "figfont", "--model", "M", "--out", "O", "--data", "math.jsonl"],
-            "extra_info.question",
+            "train.py figfont --model M --out O --data math.jsonl",
+            "--data: {}/math.jsonl has no text in column",
         ),
-        (["train.py", "math", "--model", "M", "--out", "O", "--data", "none.jsonl"], "--data: no file"),
-        (["train.py", "math", "--model", "M", "--out", "O", "--batch", "9"], "--batch: 9"),
-        (["train.py", "math", "--model", "M", "--out", "O", "--objective", "focal"], "--objective: 'focal'"),
-        (["evaluate.py", "math", "--model", "M"], "--data: math was trained on"),
-        (["evaluate.py", "math", "--model", "M", "--data", "x", "--temperature", "2"], "--temperature:"),
+        ("train.py math --model M --out O --data none.jsonl", "--data: no file none.jsonl"),
+        ("train.py math --model M --out O --data empty.jsonl", "--data: {}/empty.jsonl has no rows"),
+        ("train.py math --model M --out O --data empty.csv", "--data: {}/empty.csv has no rows"),
+        ("train.py math --model M --out O --data empty.parquet", "--data: {}/empty.parquet has no rows"),
+        ("train.py math --model M --out O --data blank.jsonl", "--data: "),
+        ("train.py math --model M --out O --data broken.jsonl", "--data: JSON parse error"),
+        ("train.py math --model M --out O --data hole.jsonl", "--data: a row has no text in column solution"),
+        ("train.py math --model M --out O --data no/such", "--data: "),
+        ("train.py math --model none --out O --data math.jsonl", "--model: "),
+        ("train.py math --model M --out O --data math.jsonl --max-length 2", "--max-length: no response"),
+        ("train.py math --model M --out O --batch 9", "--batch: 9"),
+        ("train.py math --model M --out O --seed -1", "--seed: -1 is not in"),
+        ("train.py math --model M --out O --seed 4294967296", "--seed: 4294967296 is not in"),
+        ("train.py math --model M --out O --weight-decay -1", "--weight-decay: -1.0 is no"),
+        ("train.py math --model M --out O --weight-decay nan", "--weight-decay: nan is no"),
+        ("train.py math --model M --out O --objective focal", "--objective: 'focal'"),
+        ("train.py math --model M --out math.jsonl", "--out: {}/math.jsonl is no folder"),
+        ("evaluate.py math --model M", "--data: math was trained on"),
+        ("evaluate.py math --model M --data x --temperature 2", "--temperature:"),
+        ("evaluate.py math --model M --out O --data none.jsonl", "--data: no file none.jsonl"),
+        ("evaluate.py medical --model M --out O --data math.jsonl", "--data: {}/math.jsonl has no text"),
+        ("evaluate.py math --model M --out O --data hole.jsonl", "--data: row 1: a row has no text"),
+        ("evaluate.py math --model M --out O --data no_box.jsonl", "--data: row 0: the reference"),
+        ("evaluate.py math --model none --out O --data math.jsonl", "--model: "),
+        ("evaluate.py math --model W --out O --data math.jsonl", "--model: "),
+        ("evaluate.py math --model M --out math.jsonl --data x", "--out: {}/math.jsonl is no folder"),
     ],
 )
 def test_what_is_refused(
-    command: list[str], named: str, scripts: Scripts, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: str, named: str, scripts: Scripts, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """By a message, before a model is trained or asked; what only the end needs, before rows are read."""
     files = scripts.files
-    given = {"M": files / "model", "O": tmp_path / "out", "math.jsonl": files / "math.jsonl"}
-    script, *arguments = command
-    with pytest.raises((SystemExit, ValueError)) as raised:
+    for name, content in BAD.items():
+        (files / name).write_text(content)
+    given = {"M": files / "model", "O": tmp_path / "out", "W": without_weights(files, tmp_path)}
+    given |= {path.name: path for path in files.iterdir() if path.is_file()}
+    script, *arguments = command.split()
+    if "--out:" in named:
+        scripts.monkeypatch.setattr("datasets.load_dataset", unreachable)
+        scripts.monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", unreachable)
+    scripts.monkeypatch.setattr("transformers.Trainer.train", unreachable)
+    scripts.monkeypatch.setattr("transformers.GenerationMixin.generate", unreachable)
+    with pytest.raises(SystemExit) as raised:
         scripts.run(script, *(given.get(argument, argument) for argument in arguments))
-    assert named in str(raised.value) + capsys.readouterr().err
-    assert not (tmp_path / "out" / "run.json").exists()
+    assert raised.value.code
+    assert named.format(files) in str(raised.value) + capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def unreachable(*arguments: object, **keywords: object) -> None:
+    raise AssertionError("the work has begun")
+
+
+def without_weights(files: Path, folder: Path) -> Path:
+    """The model's tokenizer and configuration alone."""
+    found = folder / "no_weights"
+    shutil.copytree(files / "model", found, ignore=shutil.ignore_patterns("*.safetensors"))
+    return found
+
+
+@pytest.mark.parametrize("out", ["file/below", "link", "shut", "shut/below/it"])
+def test_where_nothing_can_be_written(out: str, scripts: Scripts, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "shut").mkdir()
+    # Asked of the system, as the tests may run as root, who writes everywhere.
+    scripts.monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "shut")
+    for script in ("train.py", "evaluate.py"):
+        with pytest.raises(SystemExit, match=f"--out: .*{out.split('/')[0]}"):
+            scripts.run(script, "math", "--model", "M", "--out", tmp_path / out, "--data", "none.jsonl")
 
 
 LINES = [line for line in commands("docs/paper.md") if "paper/" in line]

@@ -19,7 +19,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from scores import MEASURES
-from tasks import TASKS, Task, prompt_of, rows_of, text, tokenizer_of, tokens_of
+from tasks import TASKS, Task, given, prompt_of, refuse_out, rows_of, text, tokenizer_of, tokens_of
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
@@ -53,6 +53,7 @@ def parsed() -> argparse.Namespace:
         args.out = Path(args.model)
         if not args.out.is_dir():
             parser.error(f"--out: {args.model} is no folder, so say where the results go")
+    refuse_out(args.out)
     return args
 
 
@@ -103,7 +104,9 @@ def main() -> None:
         except ValueError as error:
             raise SystemExit(f"--data: row {number}: {error}") from error
     dtype = torch.float32 if args.fp32 else torch.bfloat16
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(state.device).eval()
+    with given("--model"):
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+    model = model.to(state.device).eval()
     results: list[dict[str, Any]] = []
     mine = list(range(state.process_index, len(rows), state.num_processes))
     starts = range(0, len(mine), args.batch)

@@ -8,6 +8,10 @@ from fractions import Fraction
 
 from rapidfuzz.distance import JaroWinkler
 
+# A number as answers write it. Fraction would also take 1e99999999, and never be done with its digits.
+NUMBER = re.compile(r"[-+]?(?:\d+/\d+|(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{1,3})?)")
+LONGEST = 300  # characters of a number; a guess, far above any answer. Longer ones are compared as text
+
 
 def boxed(text: str) -> str | None:
     """What the last \\boxed{...} holds, braces balanced; None if there is none or it is not closed."""
@@ -22,20 +26,23 @@ def boxed(text: str) -> str | None:
     return None
 
 
-def _plain(answer: str) -> str:
-    """Without what LaTeX adds for the eye."""
-    answer = re.sub(r"\\(?:left|right|displaystyle|limits)\b|\\[!,;: ]|~|\$", "", answer)
+def _plain(answer: str, space: str = "") -> str:
+    """Without what LaTeX adds for the eye; every space, LaTeX's own too, becomes `space`."""
+    drawn = r"\\(?:left|right|displaystyle|limits)\b|\\!|\$|(\\[,;: ]|~)"
+    answer = re.sub(drawn, lambda found: space if found[1] else "", answer)
     answer = re.sub(r"\\[dt]frac", r"\\frac", answer)
     answer = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}", r"\1", answer)
-    return re.sub(r"\s+", "", answer).rstrip(".")
+    return re.sub(r"\s+", space, answer).rstrip(".")
 
 
 def _number(answer: str) -> Fraction | None:
     answer = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", answer)
     answer = re.sub(r"^(-?)\\frac\{(\d+)\}\{(\d+)\}$", r"\1\2/\3", answer)
+    if len(answer) > LONGEST or not NUMBER.fullmatch(answer):
+        return None
     try:
         return Fraction(answer)
-    except (ValueError, ZeroDivisionError):
+    except ZeroDivisionError:
         return None
 
 
@@ -55,9 +62,11 @@ def choice(written: str, letter: str) -> float:
     """1 if the letter is the one in the last box, after the last "answer is", or alone at the beginning."""
     box = boxed(written)
     if box is not None:
-        found = re.match(r"\W*([A-Za-z])\b", _plain(box))
+        # A capital before a space is a choice with its text ("B aspirin"); "a patient" and "B or C" are none.
+        one = r"\W*([A-Z]\b(?!\s+(?:and|or)\s+[A-Z]\b)|[a-z]\b(?!\s+\w))"
+        found = re.match(one, _plain(box, space=" "))
     else:
-        named = list(re.finditer(r"\banswer\s*(?:is|:)\s*\W*([A-Za-z])\b(?!')", written, flags=re.IGNORECASE))
+        named = list(re.finditer(r"\banswer\s*(?:is|:)\W*([A-Za-z])\b(?!')", written, flags=re.IGNORECASE))
         found = named[-1] if named else re.match(r"\s*\(?([A-Z])(?:[).:]|\s*$)", written)
     return float(found is not None and found[1].upper() == letter.strip().upper())
 

@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetGenerationError
 
 Row = Mapping[str, Any]
 IGNORED = -100
@@ -63,24 +66,48 @@ TASKS = {
 }
 
 
+@contextmanager
+def given(option: str) -> Iterator[None]:
+    """Around the reading of what an option names: an error there ends the program and names the option."""
+    try:
+        yield
+    except DatasetGenerationError as error:  # says no more than that there was an error; its cause says which
+        raise SystemExit(f"{option}: {error.__cause__ or error}") from error
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"{option}: {error}") from error
+
+
+@given("--out")
+def refuse_out(folder: Path) -> None:
+    """Results are written last: where they cannot be, the program ends before the work begins."""
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise ValueError(f"{there} is no folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"nothing can be written to {there}")
+
+
+@given("--data")
 def rows_of(task: Task, data: str | None, split: str, limit: int | None) -> Dataset:
     """The rows of the task's data set, of another id, or of a local file.
 
-    Raises: ValueError that names the file or id and the column, if one that the task needs is missing.
+    Raises: SystemExit that names the file or id and the column, if one that the task needs is missing.
     """
     name = task.data if data is None else data
     path = Path(name)
     if path.suffix in READERS:
         if not path.is_file():
-            raise ValueError(f"--data: no file {name}")
+            raise ValueError(f"no file {name}")
+        if not path.stat().st_size:  # which datasets answers with a bare StopIteration
+            raise ValueError(f"{name} has no rows")
         rows = load_dataset(READERS[path.suffix], data_files=str(path), split="train")
     else:
         rows = load_dataset(name, split=split)
     if not len(rows):
-        raise ValueError(f"--data: {name} has no rows")
+        raise ValueError(f"{name} has no rows")
     for column in dict.fromkeys((task.question, task.response, task.answer)):
         if not isinstance(_value(rows[0], column), str):
-            raise ValueError(f"--data: {name} has no text in column {column}; it has {rows.column_names}")
+            raise ValueError(f"{name} has no text in column {column}; it has {rows.column_names}")
     return rows if limit is None else rows.select(range(min(limit, len(rows))))
 
 
@@ -94,7 +121,7 @@ def _value(row: Row, column: str) -> Any:
 def text(row: Row, column: str) -> str:
     value = _value(row, column)
     if not isinstance(value, str):
-        raise ValueError(f"--data: a row has no text in column {column}: {row!r:.200}")
+        raise ValueError(f"a row has no text in column {column}: {row!r:.200}")
     return value
 
 
@@ -128,21 +155,23 @@ def encoder(task: Task, tokenizer: Any, max_length: int) -> Callable[[Row], dict
 
 def encoded(task: Task, rows: Dataset, tokenizer: Any, max_length: int) -> tuple[Dataset, str]:
     """The rows as tokens, and what became of long ones: cut, or left out if no response is left."""
-    made = rows.map(encoder(task, tokenizer, max_length), remove_columns=rows.column_names, desc="tokens")
+    with given("--data"):
+        made = rows.map(encoder(task, tokenizer, max_length), remove_columns=rows.column_names, desc="tokens")
     kept = made.filter(lambda row: any(label != IGNORED for label in row["labels"]), desc="rows to learn")
     if not len(kept):
-        raise ValueError(f"--max-length: no response begins within {max_length} tokens")
+        raise SystemExit(f"--max-length: no response begins within {max_length} tokens")
     cut = sum(kept["cut"])
     report = f"{len(kept)} rows, {cut} of them cut at {max_length} tokens; {len(made) - len(kept)} left out"
     return kept.remove_columns("cut"), report
 
 
+@given("--model")
 def tokenizer_of(name: str, padding_side: str) -> Any:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(name, padding_side=padding_side)
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"--model: the tokenizer of {name} has no end token")
+        raise ValueError(f"the tokenizer of {name} has no end token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

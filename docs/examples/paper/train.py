@@ -13,12 +13,13 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from tasks import IGNORED, TASKS, encoded, rows_of, tokenizer_of
+from tasks import IGNORED, TASKS, encoded, given, refuse_out, rows_of, tokenizer_of
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from deft_kernels import objectives
@@ -89,6 +90,11 @@ def parsed() -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')}: {value} is not above 0")
     if not 0 <= args.warmup < 1:
         parser.error(f"--warmup: {args.warmup} is no share in [0, 1)")
+    if not 0 <= args.weight_decay < math.inf:
+        parser.error(f"--weight-decay: {args.weight_decay} is no finite number from 0 on")
+    if not 0 <= args.seed < 2**32:  # NumPy's, which the trainer seeds, too
+        parser.error(f"--seed: {args.seed} is not in [0, 2**32)")
+    refuse_out(args.out)
     return args
 
 
@@ -108,7 +114,8 @@ def main() -> None:
         )
     state.print(report)
     # The weights, their gradients and AdamW's states are fp32; matrix products are bf16.
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    with given("--model"):
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     model.config.use_cache = False
     statistics = RunningStatistics()
     patch_model(model, objective, statistics=statistics)
