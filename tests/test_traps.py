@@ -193,6 +193,39 @@ def test_offsets_beyond_two_to_the_31(mode, backend, device):
     torch.testing.assert_close(gradient.double(), y.grad, rtol=2.0**-8, atol=1e-6)
 
 
+def test_fields_beyond_two_to_the_31(device):
+    """Trap 6, of the packed rows: field 18 lies 18 N elements behind field 0, from N = 119,304,648 on 2^31.
+    9 GB that are reserved, and touched at four rows: the kernels run for these alone."""
+    from deft_kernels.backends.triton import gradient_kernels, kernels, launch, tuning
+
+    n, some, vocabulary = 119_304_648, 4, 19
+    logits, labels = make("plain", some, vocabulary, torch.bfloat16)
+    logits, labels = logits.to(device), labels.to(device)
+    spec = Spec(objectives.deft(), backend="triton")
+    call = launch.Call(logits, labels, None, spec)
+    _, expected = logits_operators.row_loss(logits, labels, None, -100, *spec.encode())
+    rows = torch.empty(19 * n, device=device)
+    loss, gradient = torch.empty(some, device=device), torch.empty_like(logits)
+    plan, laid = tuning.statistics(vocabulary, 2, False), (logits, call.strides)
+    kernels.statistics_kernel[(some,)](
+        logits, labels, logits, logits, rows, loss, n, call.strides, vocabulary, -100, call.variants.numbers,
+        call.variants.rows, launch.plan_of(plan, launch.peel(plan.width, laid)), num_warps=plan.num_warps,
+        **call.variants.compiler_of_reductions,
+    )  # fmt: skip
+    found = torch.stack([rows[field * n : field * n + some] for field in range(19)])
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    plan = tuning.gradient(vocabulary, 2)
+    gradient_kernels.gradient_kernel[(some, 1)](
+        logits, labels, logits, rows, torch.ones(some, device=device), rows, gradient, n, call.strides,
+        call.strides, 1, vocabulary, 4096, call.variants.numbers, False, call.variants.gradient,
+        launch.plan_of(plan, launch.peel(plan.width, laid, laid)), num_warps=plan.num_warps,
+        **call.variants.compiler,
+    )  # fmt: skip
+    leaf = logits.clone().requires_grad_()
+    deft_loss(leaf, labels, reduction="sum", backend="triton").backward()
+    assert torch.equal(gradient, leaf.grad)
+
+
 @pytest.mark.sampled
 @pytest.mark.parametrize(
     ("dtype", "kind"), [(torch.float32, "dense"), (torch.float32, "offset"), (torch.bfloat16, "offset")]

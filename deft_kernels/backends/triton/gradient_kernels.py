@@ -72,7 +72,7 @@ def gradient_kernel(
     PLAN,
 ):
     row = tl.program_id(0)
-    saved = Saved(rows, n_rows)
+    saved = Saved(rows, n_rows.to(tl.int64))
     logits = Matrix(logits, strides, vocabulary)
     dlogits = Matrix(dlogits, out_strides, vocabulary)
     if UPSTREAM:

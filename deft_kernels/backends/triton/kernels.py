@@ -38,7 +38,7 @@ def statistics_kernel(
     PLAN,
 ):
     row = tl.program_id(0)
-    saved = Saved(rows, n_rows)
+    saved = Saved(rows, n_rows.to(tl.int64))
     label = tl.load(labels + row)
     if label != ignore_index:
         at, lead = place_of(row, strides, PLAN)
@@ -127,7 +127,7 @@ def finish_kernel(
     OPTIONS,
 ):
     row = tl.program_id(0)
-    saved = Saved(rows, n_rows)
+    saved = Saved(rows, n_rows.to(tl.int64))
     label = tl.load(labels + row)
     if label != ignore_index:
         at = states + row.to(tl.int64) * stride_inner
@@ -165,7 +165,7 @@ def fused_kernel(
     PLAN,
 ):
     row = tl.program_id(0)
-    saved = Saved(rows, n_rows)
+    saved = Saved(rows, n_rows.to(tl.int64))
     label = tl.load(labels + row)
     at, lead = place_of(row, strides, PLAN)
     to = place_beside(row, lead, out_strides, PLAN)

@@ -160,7 +160,7 @@ class Saved(NamedTuple):
     """The packed buffer [len(Field), N] between forward and backward."""
 
     fields: Any
-    n_rows: Any
+    n_rows: Any  # int64, as a field's place times it need not fit 32 bits
 
 
 class Gradient(NamedTuple):
