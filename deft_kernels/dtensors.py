@@ -164,11 +164,13 @@ def loss_of_dtensor(call: Callable[..., Any], logits: Any, labels: Any, request:
         request = request._replace(num_items=_count_all_rows(layout, logits, labels, request))
     # Every rank that holds the same columns computes the same gradient: placements as the logits'.
     local = logits.to_local()
-    before = local._version
-    if request.inplace and local.requires_grad:
+    # Inference mode counts no versions, and knows no later use that could raise.
+    counted = request.inplace and not local.is_inference()
+    before = local._version if counted else 0
+    if counted and local.requires_grad:
         _move_version(local, logits)
     result = call(local, labels, request)
-    if local._version != before:
+    if counted and local._version != before:
         torch.autograd.graph.increment_version(logits)
     loss, stats = result if request.return_stats else (result, None)
     loss = layout.row_tensor(loss) if request.reduction == "none" else layout.sum(loss)

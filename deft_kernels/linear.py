@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 from .backends import choice
 from .core import checks
 from .core.groups import Shard
-from .core.head import buffer_bytes, check_head, product_dtype
+from .core.head import buffer_bytes, check_head, check_no_transforms, product_dtype
 from .core.inputs import aligned, shard_of
 from .core.keywords import named, showing
 from .core.reduction import Weighting, in_forward_obstacle, own_rows
@@ -233,6 +233,8 @@ class _Call:
         checks.check_token_weight(token_weight, labels, outline)
         product = product_dtype(hidden, weight, bias)
         backend = choice.choose(request.backend, hidden.device, product)
+        if backend != "reference":
+            check_no_transforms(hidden, weight, bias)
         place = (weight.shape[0], hidden.device, backend, labels, request.ignore_index, class_weight)
         call = cls(hidden, weight, bias, labels, request, backend, shard_of(request.group, *place), product)
         checks.check_class_weight(class_weight, outline, call.vocabulary, "class_weight")

@@ -161,9 +161,9 @@ def tsallis(alpha: float | None = None, *, q: float | None = None) -> Objective:
 def tsallis(alpha: float | Tensor | None = None, *, q: float | None = None) -> Objective | RowObjective:
     """loss = (1 - p^alpha) / alpha = -ln_q(p) with q = 1 - alpha, gate p^alpha.
 
-    alpha: any finite number >= 0; 0 is `nll`, 1 is `neg_prob`. Give alpha or q, not both. What the authors'
-        trainer calls GeneralFamily-q is tsallis(alpha=q). Or a floating tensor, held constant: of the labels'
-        shape, a focus index for each token, where 0 and 1 choose between `nll` and `neg_prob` token by token;
+    alpha: a number >= 0 that fp32 holds; 0 is `nll`, 1 is `neg_prob`. Give alpha or q, not both. What the
+        authors' trainer calls GeneralFamily-q is tsallis(alpha=q). Or a floating tensor, held constant: of
+        the labels' shape, a focus index for each token, 0 and 1 choosing `nll` or `neg_prob` token by token;
         or of no dimension, one that may change from call to call without another compilation and without
         the host waiting. Like `token_weight`, the entry at t goes with the logits at t, whose label is
         labels[..., t + n] with shift=n. Statistics show it as alpha. Where it is NaN, so is its row.
@@ -283,6 +283,9 @@ TABLE: dict[str, Callable[..., Objective]] = {
     "dft": dft,
     "eaft": eaft,
 }
+
+# What makes an objective, and is none.
+BUILDERS: tuple[Callable[..., Any], ...] = (*TABLE.values(), chord, infosft, mile, weighted)
 
 # Made once: making one would cost every call 2 us.
 NAMED = {name: build() for name, build in TABLE.items() if build is not tsallis}

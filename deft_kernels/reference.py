@@ -91,7 +91,7 @@ def row_objective(objective: Any, stats: dict[str, Tensor], valid: Tensor) -> tu
         mean_prob = objective.mean_prob
         if mean_prob is None:
             known = valid & ~p.isnan()
-            mean_prob = p[known].mean().detach() if bool(known.any()) else torch.zeros_like(p[:0].sum())
+            mean_prob = p.detach().where(known, 0.0).sum() / known.sum().clamp(min=1)
         floor = 0.5 * mean_prob
         radius = 1 - held(p) + objective.eps
         local = (1 - radius) / (1 + radius + objective.eps)

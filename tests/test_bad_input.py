@@ -112,6 +112,11 @@ KEYWORDS = [
     ("softcap", math.nan, ValueError),
     ("softcap", math.inf, ValueError),
     ("softcap", "30", TypeError),
+    ("softcap", 1e39, ValueError),
+    ("temperature", 1e39, ValueError),
+    ("temperature", 1e-39, ValueError),
+    ("logit_scale", 1e39, ValueError),
+    ("z_loss", 1e39, ValueError),
     ("temperature", 0.0, ValueError),
     ("temperature", -1.0, ValueError),
     ("temperature", math.nan, ValueError),
@@ -151,6 +156,27 @@ def test_each_keyword_of_row_statistics(name, value, error):
         row_statistics(logits, labels, **{name: value})
 
 
+@pytest.mark.parametrize("name", ["softcap", "temperature"])
+@pytest.mark.parametrize(("value", "scale"), [(1e-30, 1e30), (1e30, 1e-30), (1e-300, 1e300)])
+def test_a_quotient_that_single_precision_does_not_hold(name, value, scale):
+    logits, labels = rows("cpu")
+    for call in (deft_loss, row_statistics):
+        with pytest.raises(ValueError, match=r"^(softcap|temperature|logit_scale): .*3\.40282e\+38\]"):
+            call(logits, labels, logit_scale=scale, **{name: value})
+
+
+def test_the_largest_numbers_are_taken(backend, device):
+    """As near to what single precision holds as they may be: no overflow between here and the loss."""
+    logits, labels = rows(device)
+    largest = torch.finfo(torch.float32).max
+    for keywords in ({"objective": objectives.tsallis(largest)}, {"temperature": largest},
+                     {"logit_scale": 1e-37}, {"softcap": largest}):  # fmt: skip
+        x = logits.clone().requires_grad_()
+        loss = deft_loss(x, labels, backend=backend, **keywords)
+        loss.backward()
+        assert loss.isfinite() and x.grad.isfinite().all(), keywords
+
+
 def test_shift_needs_a_time_dimension():
     with pytest.raises(ValueError, match="^shift: "):
         deft_loss(torch.randn(V), torch.tensor(1), shift=True)
@@ -170,6 +196,9 @@ OBJECTIVES = [
     ("alpha", lambda: objectives.tsallis(-0.5), ValueError),
     ("alpha", lambda: objectives.tsallis(math.nan), ValueError),
     ("alpha", lambda: objectives.tsallis("half"), TypeError),
+    ("alpha", lambda: objectives.tsallis(1e39), ValueError),
+    ("q", lambda: objectives.tsallis(q=-1e39), ValueError),
+    ("alpha", lambda: objectives.rational(1e39), ValueError),
     ("q", lambda: objectives.tsallis(q=1.5), ValueError),
     ("alpha, q", lambda: objectives.tsallis(), ValueError),
     ("alpha, q", lambda: objectives.tsallis(0.5, q=0.5), ValueError),
@@ -255,6 +284,21 @@ def test_inplace_needs_storage_of_its_own(view, backend, device):
     logits, labels = rows(device)
     with pytest.raises(ValueError, match="^inplace: "):
         deft_loss(view(logits).requires_grad_(), labels, inplace=True, backend=backend)
+
+
+def test_inplace_refuses_rows_that_would_be_copied(backend, device):
+    """More than two strides from row to row: the gradient would overwrite a copy."""
+    logits = torch.randn(2, 3, 2, 2, V, device=device).permute(3, 1, 0, 2, 4).contiguous()
+    logits = logits.permute(2, 1, 3, 0, 4)
+    labels = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=device)
+    with pytest.raises(ValueError, match=r"^inplace: .*contiguous\(\)"):
+        deft_loss(logits, labels, inplace=True, backend=backend)
+    # Rows of dimensions of size 1 lie nowhere, whatever their stride.
+    part = torch.randn(3, 4, 2, V, device=device)[:, :3, :1].requires_grad_() * 1
+    address = part.data_ptr()
+    loss = deft_loss(part, labels.new_zeros(3, 3, 1), inplace=True, reduction="sum", backend=backend)
+    (gradient,) = torch.autograd.grad(loss, part)
+    assert gradient.data_ptr() == address
 
 
 def test_triton_refuses_float64(device):

@@ -85,6 +85,18 @@ def overwritten_logits_have_the_gradient() -> None:
         torch.testing.assert_close(gradients[2], gradients[0])
 
 
+def inference_mode_has_no_versions() -> None:
+    logits, labels = batch()
+    wanted = deft_loss(logits, labels)
+    made = lying("vocabulary by batch", logits, labels)
+    with torch.inference_mode():
+        inside = lying("batch by vocabulary", logits.clone(), labels.clone())
+        for x, y in (made, inside):
+            for keywords in ({}, {"inplace": True}, {"inplace": True, "grad_in_forward": True}):
+                torch.testing.assert_close(deft_loss(x, y, **keywords).full_tensor(), wanted)
+            row_statistics(x, y)
+
+
 def empty_shards_in_place() -> None:
     """Ranks without a row, and without a column of a vocabulary of one: they go along with the others."""
     # Of the last, [2, 0, 1] times 1.0 has the strides (0, 1, 0).
@@ -225,6 +237,7 @@ def plain_beside_dtensor() -> None:
 CASES = [
     a_later_use_of_overwritten_logits_raises,
     overwritten_logits_have_the_gradient,
+    inference_mode_has_no_versions,
     empty_shards_in_place,
     wrong_shapes_raise_everywhere,
     wrong_labels_have_a_global_position,

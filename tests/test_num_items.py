@@ -18,12 +18,18 @@ CALLS = {
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-@pytest.mark.parametrize("wrong", [-1, -0.5, -math.inf, math.nan])
-def test_a_negative_number_raises(call, wrong):
+@pytest.mark.parametrize("wrong", [-1, -0.5, -math.inf, math.nan, math.inf, 1e20])
+def test_a_number_that_counts_nothing_raises(call, wrong):
     labels = torch.tensor([1, 2, 3])
     for given in (torch.tensor(wrong), torch.tensor([wrong])):
-        with pytest.raises(ValueError, match=r"num_items: expected .*, got (-|nan)"):
+        with pytest.raises(ValueError, match=r"num_items: expected .*, got (-|nan|inf|1)"):
             call(labels, given)
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_a_complex_number_raises(call):
+    with pytest.raises(TypeError, match=r"^num_items: expected a real dtype, got torch\.complex64"):
+        call(torch.tensor([1, 2, 3]), torch.tensor(1 + 1j))
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)

@@ -48,6 +48,15 @@ def test_labels_without_positions():
     assert deft_loss(torch.randn(2, 0, V), torch.zeros(2, 0, dtype=torch.int64), shift=3) == 0.0
 
 
+@pytest.mark.parametrize("ignore_index", [2**63 - 1, 2**53 + 1, -(2**63), -(2**53) - 1])
+def test_an_ignore_index_that_no_double_holds(ignore_index, backend, device):
+    logits, labels = problem(device)
+    expected = deft_loss(logits, labels, shift=2, backend=backend)
+    labels = labels.masked_fill(labels == -100, ignore_index)
+    loss = deft_loss(logits, labels, shift=2, ignore_index=ignore_index, backend=backend)
+    assert torch.equal(loss, expected)
+
+
 def pieces(tensor: torch.Tensor, layout: str) -> torch.Tensor:
     """This rank's piece along dimension 1."""
     count, rank = dist.get_world_size(), dist.get_rank()
@@ -76,6 +85,17 @@ def sequence_in_pieces() -> None:
             torch.testing.assert_close(mine.grad, pieces(whole.grad, layout))
 
 
+def an_ignore_index_that_no_double_holds() -> None:
+    """What the last positions of the whole sequence get, to the bit."""
+    _, labels = problem(ranks.device())
+    for ignore_index in (2**63 - 1, 2**53 + 1):
+        own = shifted_labels(
+            pieces(labels, "contiguous"), dist.group.WORLD, shift=2, ignore_index=ignore_index
+        )
+        if dist.get_rank() == dist.get_world_size() - 1:
+            assert own[:, -2:].tolist() == [[ignore_index] * 2] * B
+
+
 def refusals() -> None:
     _, labels = problem(ranks.device())
     group, own = dist.group.WORLD, pieces(labels, "contiguous")
@@ -93,12 +113,15 @@ def refusals() -> None:
             shifted_labels(*arguments, **keywords)
 
 
+CASES = [sequence_in_pieces, an_ignore_index_that_no_double_holds, refusals]
+
+
 @cache
 def outcomes(count: int) -> dict[str, list[str]]:
-    return ranks.run([sequence_in_pieces, refusals], count)
+    return ranks.run(CASES, count)
 
 
-@pytest.mark.parametrize("case", ["sequence_in_pieces", "refusals"])
+@pytest.mark.parametrize("case", [case.__name__ for case in CASES])
 @pytest.mark.parametrize("count", first_of([3, 2]))
 def test_in_processes(count, case):
     for rank, outcome in enumerate(outcomes(count)[case]):

@@ -118,6 +118,30 @@ def test_compiled_with_a_dynamic_batch():
         torch.testing.assert_close(x.grad, y.grad, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiled_in_place_with_a_dynamic_batch(dynamic):
+    def step(x: Tensor, labels: Tensor) -> Tensor:
+        return deft_loss((x * 1.5).transpose(0, 1), labels, backend="torch", inplace=True)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend=graph_backend())
+    for n in (3, 5, 8):
+        logits, labels = torch.randn(2, n, V), torch.randint(V, (n, 2))
+        x, y = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+        compiled(x, labels).backward()
+        step(y, labels).backward()
+        torch.testing.assert_close(x.grad, y.grad, rtol=1e-6, atol=1e-7)
+
+
+def test_compiled_reference():
+    logits, labels = make("plain", N, V, torch.float32)
+
+    def step(x: Tensor) -> Tensor:
+        return deft_loss(x, labels, objective="cayley", backend="reference")
+
+    compiled = torch.compile(step, fullgraph=True, backend=graph_backend())
+    torch.testing.assert_close(compiled(logits), step(logits))
+
+
 def test_compiled_through_the_code_generator():
     """Once through the default backend, so that the operators' layouts meet generated code.
 

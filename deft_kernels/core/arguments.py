@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import numbers
-import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,9 @@ from typing import Any
 import torch
 
 REDUCTIONS = ("mean", "sum", "none")
-LARGEST = sys.float_info.max
+# Of single precision, in which kernels take their numbers; for float64 logits too.
+LARGEST = torch.finfo(torch.float32).max
+SMALLEST = torch.finfo(torch.float32).tiny
 BACKENDS = ("auto", "triton", "torch", "reference")
 
 
@@ -84,10 +85,19 @@ def number(name: str, value: Any, low: float, high: float = math.inf, *, above: 
     value = real(name, value)
     # In comparisons, which torch.compile can trace for a symbolic float; NaN fails the first.
     if not low <= value <= high or abs(value) > LARGEST or (above and value == low):
+        low, high = max(low, -LARGEST), min(high, LARGEST)
         raise ValueError(
-            f"{name}: expected a finite number in {'(' if above else '['}{low}, {high}], got {value}"
+            f"{name}: expected a finite number in {'(' if above else '['}{low:.6g}, {high:.6g}], got {value}"
         )
     return float(value)
+
+
+def check_quotient(name: str, value: float) -> None:
+    """Of a number with logit_scale folded in: it needs a reciprocal in single precision."""
+    if not SMALLEST <= value <= LARGEST:
+        raise ValueError(
+            f"{name}: expected {name} / logit_scale in [{SMALLEST:.6g}, {LARGEST:.6g}], got {value:.6g}"
+        )
 
 
 def names(name: str, value: Any) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from typing import Any, NamedTuple
 
@@ -120,7 +121,7 @@ def all_count(labels: Tensor, vocabulary: int, ignore_index: int) -> bool:
 
 def check_label_range(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
     """IndexError for a label outside [0, V), where the host can see it without waiting for a device."""
-    if labels.device.type != "cpu" and not validating():
+    if (labels.device.type != "cpu" and not validating()) or _unseen(labels):
         return
     if labels.device.type == "cpu" and all_count(labels, vocabulary, ignore_index):
         return
@@ -131,6 +132,20 @@ def check_label_range(labels: Tensor, vocabulary: int, ignore_index: int) -> Non
             f"labels: {int(labels[position])} at flat position {position} is outside [0, {vocabulary}) "
             f"and is not ignore_index ({ignore_index})"
         )
+
+
+def _unseen(tensor: Tensor) -> bool:
+    """Whether no host can read the values: in a trace, and where torch.func.vmap has one tensor for many."""
+    if torch.compiler.is_compiling():
+        return True
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
 
 
 def check_ignorable(labels: Tensor, ignore_index: int) -> None:
@@ -213,11 +228,13 @@ def number_of_items(num_items: Any, reduction: str) -> Any:
         check_dense(num_items, "num_items")
         if num_items.numel() != 1:
             raise ValueError(f"num_items: expected one element, got shape {tuple(num_items.shape)}")
+        if num_items.is_complex():
+            raise TypeError(f"num_items: expected a real dtype, got {num_items.dtype}")
         # Where the host sees it without waiting; 0 is a batch with nothing to count.
-        if num_items.device.type == "cpu" and type(num_items) is Tensor and not torch.compiler.is_compiling():
+        if num_items.device.type == "cpu" and type(num_items) is Tensor and not _unseen(num_items):
             value = num_items.detach().item()
-            if not value >= 0:
-                raise ValueError(f"num_items: expected a number that is not negative, got {value}")
+            if not 0 <= value < 2**63:
+                raise ValueError(f"num_items: expected a number below 2^63 that is not negative, got {value}")
         return num_items
     num_items = real("num_items", num_items)
     if not 0 < num_items < 2**63:
@@ -225,17 +242,28 @@ def number_of_items(num_items: Any, reduction: str) -> Any:
     return num_items
 
 
+def row_strides(logits: Tensor) -> int:
+    """How many strides lead from row to row, those of dimensions that make one stretch counted once."""
+    rows = zip(logits.shape[:-1], logits.stride()[:-1], strict=True)
+    dims = [(size, stride) for size, stride in rows if size != 1]
+    return len(dims) - sum(outer == size * inner for (_, outer), (size, inner) in itertools.pairwise(dims))
+
+
 def check_inplace(logits: Tensor) -> None:
-    """An in-place gradient needs every logit to have storage of its own."""
-    if (
-        logits.numel() == 0
-    ):  # a rank without rows or columns, whatever its strides, goes along with the others
+    """An in-place gradient needs every logit to have storage of its own, which no call copies."""
+    # Also a rank without rows or columns, whatever its strides: it goes along with the others.
+    if logits.is_contiguous():
         return
-    reach = 0
-    for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
-        if size > 1:
-            if stride <= reach:
-                raise ValueError("inplace: the logits are a view whose rows share storage; clone them")
-            reach += stride * (size - 1)
+    dims = [(size, stride) for size, stride in zip(logits.shape, logits.stride(), strict=True) if size > 1]
+    for i, (_, stride) in enumerate(dims):
+        # Not sorted, which torch.compile cannot do with sizes that change.
+        within = [other for j, other in enumerate(dims) if j != i and other[1] <= stride]
+        if stride <= sum(inner * (size - 1) for size, inner in within):
+            raise ValueError("inplace: the logits are a view whose rows share storage; clone them")
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         raise ValueError("inplace: needs logits that are contiguous along the vocabulary")
+    if row_strides(logits) > 2:
+        raise ValueError(
+            "inplace: needs rows with at most two strides between them, or the gradient would overwrite a "
+            "copy; pass logits.contiguous()"
+        )

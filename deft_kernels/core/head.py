@@ -22,7 +22,6 @@ def check_head(hidden: Any, weight: Any, bias: Any, part: bool) -> None:
         checks.check_floats(tensor, name)
         if name != "hidden" and tensor.device != hidden.device:
             raise ValueError(f"{name}: is on {tensor.device}, hidden is on {hidden.device}")
-        checks.check_no_transform(tensor, name)
     if hidden.dim() == 0 or hidden.shape[-1] == 0:
         raise ValueError(f"hidden: expected shape [..., D] with D > 0, got {tuple(hidden.shape)}")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
@@ -34,6 +33,12 @@ def check_head(hidden: Any, weight: Any, bias: Any, part: bool) -> None:
         raise ValueError(f"weight: the vocabulary (first dimension) is empty, shape {tuple(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+
+
+def check_no_transforms(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            checks.check_no_transform(tensor, name)
 
 
 def product_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..objectives import TABLE, Objective, resolve
+from ..objectives import BUILDERS, Objective, resolve
 from ..row_objectives import RowObjective
 from . import arguments, checks
 from .agreement import validating
@@ -32,7 +31,7 @@ def described(objective: Any) -> Objective | RowObjective | RowLoss:
             f"objective: expected a name, an Objective or a function of RowStatistics, got {kind}"
         )
     made = objective.func if isinstance(objective, functools.partial) else objective
-    if any(made is build for build in TABLE.values()):
+    if any(made is build for build in BUILDERS):
         name = made.__name__
         raise TypeError(f"objective: got the function objectives.{name}; call it: objectives.{name}(...)")
     if isinstance(objective, type):
@@ -54,7 +53,9 @@ def ahead(labels: Tensor, shift: int, ignore_index: int) -> Tensor:
     positions = labels.shape[-1]
     if positions == 0:
         return labels
-    return torch.nn.functional.pad(labels[..., shift:], (0, min(shift, positions)), value=ignore_index)
+    # Not padded, whose value passes through a double.
+    last = labels.new_full((*labels.shape[:-1], min(shift, positions)), ignore_index)
+    return torch.cat([labels[..., shift:], last], -1)
 
 
 def aligned(labels: Tensor, shift: int, ignore_index: int) -> Tensor:
@@ -111,10 +112,4 @@ def addressable(logits: Tensor) -> Tensor:
     """The logits with a unit stride along the vocabulary and at most two row strides; a copy only if not."""
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         return logits.contiguous()
-    if logits.dim() <= 3:
-        return logits
-    leading = list(zip(logits.shape[:-1], logits.stride()[:-1], strict=True))
-    merged = 1
-    for (_, outer), (size, inner) in itertools.pairwise(leading):
-        merged += outer != size * inner
-    return logits if merged <= 2 else logits.contiguous()
+    return logits if logits.dim() <= 3 or checks.row_strides(logits) <= 2 else logits.contiguous()

@@ -247,7 +247,7 @@ def checked(keywords: Mapping[str, Any], return_stats: bool = False) -> Request:
     cap, anchor = given["softcap"], arguments.number("anchor", given["anchor"], 0.0)
     checks.check_anchor(anchor, given["reference_logp"])
     in_forward, chunk_bytes = given["grad_in_forward"], given["chunk_bytes"]
-    return Request(
+    request = Request(
         described(given["objective"]),
         reduction,
         arguments.label("ignore_index", given["ignore_index"]),
@@ -270,6 +270,10 @@ def checked(keywords: Mapping[str, Any], return_stats: bool = False) -> Request:
         given["group"],
         arguments.one_of("backend", given["backend"], arguments.BACKENDS),
     )
+    arguments.check_quotient("temperature", request.temperature)
+    if cap is not None:
+        arguments.check_quotient("softcap", request.softcap)
+    return request
 
 
 def check_values(keywords: Mapping[str, Any]) -> None:
