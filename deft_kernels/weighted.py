@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,10 +22,10 @@ class Weighted(RowObjective):
     function: Callable[..., Tensor]
 
     def values(self, stats: RowStatistics, inputs: Mapping[str, Tensor]) -> Values:
-        given = [x for x in (*stats, *inputs.values()) if x is not None]
-        # A trace would have to know the counters.
-        traced = torch.compiler.is_compiling()
-        before = [] if traced else [x._version for x in given]
+        given = [] if torch.compiler.is_compiling() else [*stats, *inputs.values()]
+        # A trace would have to know the counters; tensors of inference mode have none.
+        counted = [x for x in given if x is not None and not x.is_inference()]
+        before = [x._version for x in counted]
         weights = self.function(stats, **inputs)
         if not isinstance(weights, Tensor) or weights.shape != stats.logp.shape:
             got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
@@ -37,7 +38,7 @@ class Weighted(RowObjective):
                 f"objective: {self.name}'s weights require a gradient, but are held constant: detach, or "
                 "pass a function of RowStatistics that returns the loss"
             )
-        if not traced and [x._version for x in given] != before:
+        if [x._version for x in counted] != before:
             raise ValueError(f"objective: {self.name}'s function changes its arguments in place")
         weights = weights.to(stats.logp.dtype)
         # A target of probability 0 and weight 0: the limit of p ln p.
@@ -79,7 +80,12 @@ def chord() -> Weighted:
 
     Source: the token weight of CHORD, arXiv:2508.11408.
     """
-    return weighted(lambda r: r.logp.exp() * -torch.expm1(r.logp), name="chord")
+    return weighted(_chord_weight, name="chord")
+
+
+# Weights with a name, as a lambda cannot be pickled.
+def _chord_weight(r: RowStatistics) -> Tensor:
+    return r.logp.exp() * -torch.expm1(r.logp)
 
 
 def infosft(threshold: float = 0.93) -> Weighted:
@@ -94,21 +100,25 @@ def infosft(threshold: float = 0.93) -> Weighted:
     if threshold >= 1.0:
         raise ValueError(f"threshold: expected a probability below 1, got {threshold}")
     scale = 1.0 / (math.log(threshold) - math.log1p(-threshold))
+    return weighted(partial(_infosft_weight, scale=scale), name="infosft")
 
-    def weight(r: RowStatistics) -> Tensor:
-        p = r.logp.exp()
-        # p logit(p), whose limit at p = 0 is 0; entr(p) is -p ln p.
-        odds = -torch.special.entr(p) - p * torch.log(-torch.expm1(r.logp))
-        return (p - scale * odds).clamp(min=0.0)
 
-    return weighted(weight, name="infosft")
+def _infosft_weight(r: RowStatistics, scale: float) -> Tensor:
+    p = r.logp.exp()
+    # p logit(p), whose limit at p = 0 is 0; entr(p) is -p ln p.
+    odds = -torch.special.entr(p) - p * torch.log(-torch.expm1(r.logp))
+    return (p - scale * odds).clamp(min=0.0)
 
 
 def dft_to_a_power(power: float, detach: bool) -> Weighted:
     """`objectives.dft` of a power that is not 1."""
     if not detach:
         raise ValueError(f"detach: False is for power=1, got power={power}")
-    return weighted(lambda r: (power * r.logp).exp(), name="dft")
+    return weighted(partial(_dft_weight, power=power), name="dft")
+
+
+def _dft_weight(r: RowStatistics, power: float) -> Tensor:
+    return (power * r.logp).exp()
 
 
 def mile(gamma: float = 1.0) -> Weighted:
@@ -117,4 +127,8 @@ def mile(gamma: float = 1.0) -> Weighted:
     Source: MiLe Loss, arXiv:2310.19531.
     """
     gamma = arguments.number("gamma", gamma, 0.0)
-    return weighted(lambda r: (1.0 + r.entropy) ** gamma, name="mile")
+    return weighted(partial(_mile_weight, gamma=gamma), name="mile")
+
+
+def _mile_weight(r: RowStatistics, gamma: float) -> Tensor:
+    return (1.0 + r.entropy) ** gamma

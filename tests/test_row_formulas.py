@@ -120,6 +120,114 @@ def test_from_hidden_states(case, name, backend, device):
         torch.testing.assert_close(ours.grad.double() / scale, theirs.grad / scale, rtol=1e-4, atol=3e-6)
 
 
+MASKED = {
+    "chord": objectives.chord(),
+    "tsallis": objectives.tsallis(torch.tensor(0.5)),
+    "power": objectives.dft(0.5),
+    "banded": objectives.tsallis(torch.tensor(1.0)).within("p<=0.9"),
+    "mile": objectives.mile(),
+}
+BESIDE = {
+    "z-loss": {"z_loss": 1e-2},
+    "smoothed": {"label_smoothing": 0.1},
+    "class weight 0": {"label_smoothing": 0.1, "z_loss": 1e-2, "weight": 0.0},
+    "class weight": {"z_loss": 1e-2, "weight": 0.7},
+}
+
+
+def masked(settings: dict, device: str) -> tuple[Tensor, Tensor, dict]:
+    """(logits, labels, keywords): the target of the first row has the logit -inf, and this class weight."""
+    logits, labels, _ = problem(device)
+    keywords = dict(settings)
+    if "weight" in keywords:
+        weight = torch.linspace(0.2, 2.0, V, device=device)
+        weight[labels[0]] = keywords["weight"]
+        keywords["weight"] = weight
+    logits[:, labels[0]] = -math.inf
+    return logits, labels, keywords
+
+
+@pytest.mark.parametrize("in_forward", [False, True])
+@pytest.mark.parametrize("beside", BESIDE)
+@pytest.mark.parametrize("case", MASKED)
+def test_a_masked_target_beside_other_terms(case, beside, in_forward, backend, device):
+    """The formula's loss of probability 0 is finite, or infinite, and so is the whole; never inf - inf."""
+    logits, labels, keywords = masked(BESIDE[beside], device)
+    keywords |= {"objective": MASKED[case]} | ({"num_items": 5.0} if in_forward else {"reduction": "none"})
+    leaf, exact = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    found, gradient = step(
+        lambda z: deft_loss(z, labels, backend=backend, grad_in_forward=in_forward, **keywords), leaf
+    )
+    expected, wanted = step(lambda z: deft_loss(z, labels, backend="reference", **keywords), exact)
+    assert expected.isfinite().all() or case == "mile" or beside == "smoothed"
+    # A class weight of 0 times an infinite loss is NaN there, too.
+    torch.testing.assert_close(found.double(), expected, rtol=3e-5, atol=1e-6, equal_nan=case == "mile")
+    if wanted.isfinite().all():
+        torch.testing.assert_close(gradient.double(), wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["sum"])
+@pytest.mark.parametrize("beside", BESIDE)
+@pytest.mark.parametrize("case", MASKED)
+def test_a_masked_target_of_a_head(case, beside, reduction, backend, device):
+    _, labels, keywords = masked(BESIDE[beside], device)
+    hidden, weight, bias = head(device)
+    bias[labels[0]] = -math.inf
+    classes = keywords.pop("weight", None)
+    keywords |= {"objective": MASKED[case], "reduction": reduction}
+    own, exact = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
+    found, gradient = step(
+        lambda h: fused_linear_deft_loss(
+            h, weight, labels, bias, class_weight=classes, backend=backend, **keywords
+        ),
+        own,
+    )
+    expected, wanted = step(
+        lambda h: deft_loss(
+            torch.nn.functional.linear(h, weight.double(), bias.double()),
+            labels,
+            backend="reference",
+            weight=classes,
+            **keywords,
+        ),
+        exact,
+    )
+    torch.testing.assert_close(found.double(), expected, rtol=3e-5, atol=1e-6, equal_nan=case == "mile")
+    if wanted.isfinite().all():
+        torch.testing.assert_close(gradient.double(), wanted, rtol=1e-4, atol=3e-6)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"z_loss": 1e-4}, {"label_smoothing": 0.1}, {"label_smoothing": 0.1, "z_loss": 1e-4}]
+)
+@pytest.mark.parametrize("in_forward", [False, True])
+@pytest.mark.parametrize("name", ["neg_prob", "tsallis", "dft"])
+def test_other_terms_cost_no_digits(name, in_forward, settings, backend, device):
+    """Targets of probability e^-40 have a large -logp, and a small loss by these formulas."""
+    logits = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)).to(device) * 8
+    labels = torch.arange(64, device=device) % 32
+    by_backend, by_rows = {
+        "neg_prob": (objectives.neg_prob(), objectives.tsallis(torch.tensor(1.0))),
+        "tsallis": (objectives.tsallis(0.5), objectives.tsallis(torch.tensor(0.5))),
+        "dft": (objectives.dft(), objectives.weighted(lambda r: r.logp.exp())),
+    }[name]
+    exact = logits.double().requires_grad_()
+    keywords = dict(settings) | ({"num_items": 1.0} if in_forward else {"reduction": "none"})
+    expected, wanted = step(
+        lambda z: deft_loss(z, labels, objective=by_backend, backend="reference", **keywords), exact
+    )
+    size = wanted.abs().amax(-1, keepdim=True)
+
+    def errors(objective) -> Tensor:
+        given = {"objective": objective, "backend": backend, "grad_in_forward": in_forward, **keywords}
+        loss, gradient = step(lambda z: deft_loss(z, labels, **given), logits.clone().requires_grad_())
+        of_loss = (loss.double() - expected).abs() / expected.abs()
+        return torch.stack([of_loss.max(), ((gradient.double() - wanted).abs() / size).max()])
+
+    # A rounding more: the formula's part is rounded before the others are added.
+    assert (errors(by_rows) <= errors(by_backend) + 1.2e-7).all(), (errors(by_rows), errors(by_backend))
+
+
 def test_one_alpha_is_the_number(backend, device):
     """To rounding: the kernels' formula and the rows' one."""
     logits, labels, _ = problem(device)

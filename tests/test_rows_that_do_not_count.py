@@ -112,6 +112,32 @@ def test_linear_upstream(objective, reduction, upstream, backend, device):
     assert torch.equal(hidden.grad[IGNORED], torch.zeros(2, 7, device=device))
 
 
+@pytest.mark.parametrize("keywords", [{}, {"bias": True}, {"chunk_bytes": 2 * V * 4}, {"objective": "cayley"},
+                                      {"objective": objectives.mile()}, {"reduction": "none"},
+                                      {"objective": lambda r: -r.logp * r.entropy}])  # fmt: skip
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("poison", POISON)
+def test_hidden_states_of_ignored_rows(poison, skip, keywords, backend, device):
+    """A product meets them where the host does not ask which rows count; the head's gradient must not."""
+    _, labels = rows(device)
+    generator = torch.Generator().manual_seed(2)
+    hidden = torch.randn(N, 7, generator=generator).to(device)
+    head, bias = (torch.randn(*shape, generator=generator).to(device) for shape in ((V, 7), (V,)))
+    poisoned = hidden.clone()
+    poisoned[IGNORED] = poison
+    given = {"skip_ignored": skip, "backend": backend, **keywords}
+    with_bias = given.pop("bias", False)
+    outcomes = []
+    for states in (hidden, poisoned):
+        leaves = [t.clone().requires_grad_() for t in (states, head, bias)]
+        loss = fused_linear_deft_loss(*leaves[:2], labels, leaves[2] if with_bias else None, **given)
+        loss.sum().backward()
+        outcomes.append((loss.detach(), *(x.grad for x in leaves[: 2 + with_bias])))
+    assert not outcomes[0][1][IGNORED].any() and outcomes[0][2].any()
+    for plain, other in zip(*outcomes, strict=True):
+        assert torch.equal(plain, other)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("own", ["torch", "triton", "reference"])
 def test_token_weights_of_ignored_rows(reduction, own, device):

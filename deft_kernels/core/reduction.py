@@ -126,6 +126,10 @@ def own_rows(
     if not isinstance(rows, Tensor) or rows.shape != stats.logp.shape:
         got = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
         raise ValueError(f"objective: must return one loss a row, shape {tuple(stats.logp.shape)}, got {got}")
+    if not rows.is_floating_point():
+        raise TypeError(f"objective: must return losses of a floating dtype, got {rows.dtype}")
+    # In half precision a sum over many rows overflows, and so may their number.
+    rows = rows.to(stats.logp.dtype)
     if weight is not None:
         rows = rows * class_weights(weight, labels, rows.dtype).reshape(rows.shape)
     rows = rows + z_loss * stats.lse**2 if z_loss > 0 else rows

@@ -71,17 +71,20 @@ class Chunks:
 
     Rows that are not `kept` are left out before the first product. Their number has to be known to the host,
     which on a GPU waits for it once a call; while a CUDA graph is captured, or without `skip`, every row is
-    worked on instead.
+    worked on instead, those that are not `kept` with a hidden state of 0: whatever they hold, the weight's
+    gradient is not to meet it.
     """
 
     def __init__(self, head: Head, kept: Tensor, skip: bool):
         hidden, weight, product = head.hidden, head.weight, head.product
         self.head, self.index = head, None
-        self.count = hidden.shape[0]
+        self.count, self.dropped = hidden.shape[0], None
         if skip and not _capturing(hidden.device):
             index = kept.nonzero().squeeze(1)
             if index.numel() < self.count:
                 self.index, self.count = index, index.numel()
+        else:
+            self.dropped = ~kept.unsqueeze(1)
         self.size = chunk_rows(self.count, head.columns, product.itemsize, head.budget)
         self.weight = weight.to(product)
         self.bias = None if head.bias is None else head.bias.to(product)
@@ -99,6 +102,8 @@ class Chunks:
             if self.index is not None:
                 rows = self.index[rows]
             hidden = self.head.hidden[rows].to(self.head.product)
+            if self.dropped is not None:
+                hidden = hidden.masked_fill(self.dropped[rows], 0.0)
             logits = self.buffer[: hidden.shape[0]]
             if self.bias is None:
                 torch.mm(hidden, self.weight.t(), out=logits)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 PLAIN = (Tensor, torch.nn.Parameter)
+# Of a batch that is_grads_batched of torch.autograd.grad makes; torch.func does not know it.
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def watched(*tensors: Tensor | None) -> bool:
@@ -23,7 +25,12 @@ def watched(*tensors: Tensor | None) -> bool:
         return True
     if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
         return True
-    return any(t is not None and (type(t) not in PLAIN or t.is_meta) for t in tensors)
+    return any(t is not None and (type(t) not in PLAIN or t.is_meta or _is_batched(t)) for t in tensors)
+
+
+def of_batch(upstream: Tensor) -> bool:
+    """Whether is_grads_batched has made it, in eager mode: dynamo does not know the question."""
+    return not torch.compiler.is_compiling() and _is_batched(upstream)
 
 
 def function_of(

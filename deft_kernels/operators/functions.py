@@ -143,11 +143,12 @@ def keep(
     dlogits: Tensor,
     spec: Spec,
 ) -> None:
-    """What the backward of a gradient made in the forward needs; `rows` is an output."""
+    """What the backward needs of a gradient that the forward has written; `rows` is an output."""
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(rows)
     ctx.save_for_backward(None if spec.inplace else logits, labels, row_scale, class_weight, rows)
     ctx.dlogits, ctx.spec = dlogits, spec
+    ctx.version = in_place.version_of(dlogits) if spec.inplace else None
 
 
 def kept_gradient(ctx: Any, dtotal: Tensor | None) -> Tensor | None:
@@ -159,7 +160,7 @@ def kept_gradient(ctx: Any, dtotal: Tensor | None) -> Tensor | None:
     # With no other reference to the tensor, autograd keeps it as .grad without a copy.
     dlogits, ctx.dlogits = ctx.dlogits, None
     if spec.inplace:
-        in_place.check_in_place_backward(dlogits)
+        in_place.check_in_place_backward(dlogits, ctx.version)
     elif dlogits is None or torch.is_grad_enabled() or watched(dtotal):
         # An earlier backward took it; or it is to have a graph, for which the operator raises.
         dloss = (dtotal * row_scale).to(rows.dtype)

@@ -19,7 +19,7 @@ from ..core.spec import decode
 from ..core.statistics import Field, loss_dtype
 from . import chunks
 from .chunks import Head
-from .eager import function_of, watched
+from .eager import function_of, of_batch, watched
 from .logits import no_double_backward, save_nothing
 
 
@@ -216,8 +216,9 @@ def with_gradient_backward(ctx: Any, dtotal: Optional[Tensor], *_: Any) -> Any:
         if ctx.wanted[0]:
             scaled[0] = scaled[0].where(ctx.kept.unsqueeze(1) != 0, 0.0)
         return given(scaled, ctx.wanted, 12)
-    if gradients is None or torch.is_grad_enabled():
-        # An earlier backward took them; or create_graph=True, with which `linear_gradient` raises.
+    if gradients is None or torch.is_grad_enabled() or of_batch(dtotal):
+        # An earlier backward took them; or create_graph=True, with which `linear_gradient` raises; or a batch
+        # of upstreams.
         hidden, weight, bias, labels, row_scale, class_weight, rows = ctx.saved_tensors
         dloss = (dtotal * row_scale).to(rows.dtype)
         args = (rows, dloss, ctx.wanted, ctx.product, ctx.budget, ctx.code, ctx.numbers)

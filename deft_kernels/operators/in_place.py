@@ -55,12 +55,23 @@ def _(logits, labels, row_scale, class_weight, ignore_index, code, numbers):
     return logits.new_empty((), dtype=dtype), logits.new_empty((len(Field), count), dtype=dtype)
 
 
-def check_in_place_backward(dlogits: Optional[Tensor]) -> None:
+def version_of(dlogits: Tensor) -> Optional[int]:
+    """None where nobody counts: in a trace, which sees the writes itself, and in inference mode."""
+    return None if torch.compiler.is_compiling() or dlogits.is_inference() else dlogits._version
+
+
+def check_in_place_backward(dlogits: Optional[Tensor], version: Optional[int]) -> None:
+    """version: `version_of` the gradient when the forward had made it."""
     # once_differentiable raises only when the upstream itself has a graph.
     if torch.is_grad_enabled():
         no_double_backward()
     if dlogits is None:
         raise RuntimeError("inplace: the logits' storage held the gradient, which a first backward took")
+    if version is not None and version_of(dlogits) not in (None, version):
+        raise RuntimeError(
+            "inplace: with grad_in_forward=True the logits' storage holds their gradient, but was written to "
+            "before the backward; a second loss of the same logits writes there, too"
+        )
 
 
 class InPlaceLoss(torch.autograd.Function):
@@ -86,12 +97,13 @@ class InPlaceLoss(torch.autograd.Function):
         ctx.mark_non_differentiable(rows)
         ctx.save_for_backward(labels, row_scale, class_weight, rows)
         ctx.dlogits, ctx.code, ctx.numbers = overwritten, code, numbers
+        ctx.version = version_of(overwritten)
         return total, rows
 
     @staticmethod
     def backward(ctx: Any, dtotal: Tensor, _: Any) -> Any:
         labels, row_scale, class_weight, rows = ctx.saved_tensors
         dlogits, ctx.dlogits = ctx.dlogits, None
-        check_in_place_backward(dlogits)
+        check_in_place_backward(dlogits, ctx.version)
         match_upstream_(dlogits, dtotal, None, labels, row_scale, class_weight, rows, ctx.code, ctx.numbers)
         return dlogits, None, None, None, None, None, None

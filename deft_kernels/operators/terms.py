@@ -6,6 +6,7 @@ of formulas. `own` stands for the values, [K, N], see `with_terms`.
 """
 
 # Annotations as in `logits`.
+from dataclasses import replace
 from typing import Any, List, Optional, Tuple
 
 import torch
@@ -17,10 +18,22 @@ from ..core import checks, validation
 from ..core.reduction import Weighting, class_weights
 from ..core.spec import Spec, decode
 from ..core.statistics import Field, statistics_record
+from ..objectives import tsallis
 from ..row_objectives import Terms
-from . import chunks, functions, hidden
+from . import chunks, functions, hidden, in_place
 from .eager import function_of, watched
 from .logits import gradient_of_rows, gradient_storage
+
+# Of a loss and a gate that are 0 beside any other, also where the target's probability is 0.
+NOTHING = tsallis(1e30)
+
+
+def without_objective(terms: Terms, spec: Spec) -> Spec:
+    """Where a formula takes the place of the objective, smoothing and z-loss alone: to subtract another loss
+    from a sum of all would lose digits, and leave inf - inf of a target of probability 0."""
+    if terms.objective is None or not (spec.label_smoothing > 0 or spec.z_loss > 0):
+        return spec
+    return replace(spec, objective=replace(NOTHING, low=spec.objective.low, high=spec.objective.high))
 
 
 def values_of(
@@ -136,6 +149,8 @@ class LossWithGradient(torch.autograd.Function):
         spec: Spec,
     ) -> tuple[Tensor, Tensor]:
         loss, rows = _with_terms(spec, rows, loss, own, labels, class_weight)
+        if spec.inplace and logits.dtype == torch.float16:
+            in_place.warn_of_underflow()
         dlogits = gradient_storage(logits, spec)
         implementation(spec).gradient(logits, labels, class_weight, rows, row_scale, spec, dlogits)
         functions.keep(ctx, logits, labels, row_scale, class_weight, rows, dlogits, spec)
@@ -166,6 +181,7 @@ class LinearLossWithGradient(torch.autograd.Function):
         ignore_index: int,
         spec: Spec,
     ) -> tuple[Tensor, ...]:
+        spec = without_objective(terms, spec)
         backend, vocabulary = implementation(spec), spec.vocabulary(weight.shape[0])
         of_all_ranks: Any = {"hidden": states, "budget": budget, "wanted": wanted[0], "row_scale": row_scale}
         args = (labels, product, class_weight, ignore_index, spec)
@@ -173,7 +189,9 @@ class LinearLossWithGradient(torch.autograd.Function):
         checks.check_label_range(labels, vocabulary, ignore_index)
 
         def of_rows(rows: Tensor, loss: Tensor, some: Tensor, which: slice | Tensor) -> tuple[Tensor, Tensor]:
-            own = values_of(terms, rows, some, ignore_index, vocabulary, which)
+            # So that weights which require a gradient show it: a forward has it disabled.
+            with torch.enable_grad():
+                own = values_of(terms, rows, some, ignore_index, vocabulary, which)
             return _with_terms(spec, rows, loss, own, some, class_weight)
 
         with hidden.outside_autocast(states):
@@ -203,6 +221,7 @@ def loss(
     in_forward: bool,
 ) -> tuple[Tensor, Tensor]:
     """(loss, rows); the loss [N] for "none"."""
+    spec = without_objective(terms, spec)
     vocabulary, classes = spec.vocabulary(logits.shape[-1]), weighting.class_weight
     with torch.no_grad():
         plain, rows = functions.row_loss(logits.detach(), labels, classes, ignore_index, spec)

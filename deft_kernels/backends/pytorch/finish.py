@@ -121,8 +121,11 @@ def with_terms(
         g = share * slope
         found = share * value
         if spec.label_smoothing > 0 or spec.z_loss > 0:
-            found = found + (loss + share * logp)
-            a, target = a + (g - share) / scaled_sum, target + (g - share) * expm1
+            # What stands there of the Spec's objective goes; the rest is smoothing and z-loss.
+            there = evaluate(spec.objective, fields)
+            found = found + (loss - share * there.loss)
+            g = g - share * there.gate
+            a, target = a + g / scaled_sum, target + g * expm1
         else:
             a, target = g / scaled_sum, g * expm1
         fields[Field.GATE] = fields[Field.GATE].where(kept, 0.0)
