@@ -126,8 +126,7 @@ class RecordingCallback(TrainerCallback):  # type: ignore[misc]
     adds to the same recorder. Under torch.compile the graph breaks where the recorder is called.
 
     Args: statistics: the loss's, as `apply` returns it; recorder: made alike on every rank, with the channels
-        of the statistics or with none; path: of the npz,
-        whose folder is made.
+        of the statistics or with none; path: of the npz, whose folder is made.
     Raises: TypeError for other types; ValueError for other channels, for a path that is a folder, and where
         training is resumed for a path that has what an earlier process recorded; OSError naming the file and
         the field where it cannot be written.

@@ -122,7 +122,9 @@ def _rewrite(trainer: Any, rewritten: _GatedLogProbs, asked: list[str]) -> None:
     model = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
     earlier = vars(model).get(RECORD)
     # Of an earlier trainer, whose forward the new one has wrapped and does not come to.
-    replaces = isinstance(earlier, _GatedLogProbs) and earlier.forward is not model.forward.__func__
+    replaces = isinstance(earlier, _GatedLogProbs) and model.forward != types.MethodType(
+        earlier.forward, model
+    )
     if earlier is not None and not replaces:
         raise ValueError("trainer: its model has a gated loss already; apply once, without patch_model")
     add_fused_lm_head(model, outputs=FUSED_OUTPUTS)

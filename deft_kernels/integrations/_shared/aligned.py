@@ -10,7 +10,7 @@ def refuse_aligned(model: Any, call: str) -> None:
     """ValueError for a model whose labels are aligned with its logits, as `call` would shift them."""
     if is_aligned(model):
         raise ValueError(
-            f"shift: the labels of {type(_bare(model)).__name__} are aligned with its logits, and {call} "
+            f"shift: the labels of {type(bare(model)).__name__} are aligned with its logits, and {call} "
             "would shift them; use deft_kernels.integrations.transformers.apply(trainer, shift=False)"
         )
 
@@ -19,7 +19,7 @@ def is_aligned(model: Any) -> bool:
     """By the loss that transformers gives the model's class, or that its forward makes without a shift."""
     from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-    model = _bare(model)
+    model = bare(model)
     if is_encoder_decoder(model):
         return True
     kind: Any = getattr(model, "loss_type", None)
@@ -27,10 +27,10 @@ def is_aligned(model: Any) -> bool:
 
 
 def is_encoder_decoder(model: Any) -> bool:
-    return bool(getattr(getattr(_bare(model), "config", None), "is_encoder_decoder", False))
+    return bool(getattr(getattr(bare(model), "config", None), "is_encoder_decoder", False))
 
 
-def _bare(model: Any) -> Any:
+def bare(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 

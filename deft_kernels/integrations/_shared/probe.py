@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .aligned import bare
 from .head import OWN_LOGITS, backbone, innermost, plain_head
 
 ROWS, WORDS = 8, 64  # of the test: enough numbers to tell a factor from any other function
@@ -125,11 +126,11 @@ def _columns(model: Any, call: str) -> int:
 
 def refuse_own_terms(model: Any, call: str) -> None:
     """ValueError for a forward that adds to its loss_function's loss, where `call` takes only the logits."""
-    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
-    found = of_loss(bare, call)
+    model = bare(model)
+    found = of_loss(model, call)
     if found is not None and found.added != 0:
         raise ValueError(
-            f"model: {type(bare).__name__} adds a term to its loss, as Bamba its z_loss_coefficient, which "
+            f"model: {type(model).__name__} adds a term to its loss, as Bamba its z_loss_coefficient, which "
             f"{call} would leave out; use set_loss_function(model), with which the model adds it, or set its "
             "factor to 0"
         )
